@@ -1,0 +1,124 @@
+"""Attention of the diffusion view: a block of fresh rows over the target's cached prefix and over itself.
+
+Every implementation answers the same call: for each layer, given the block's q, k and v, return what the rows see in
+(a) the target's cache of that layer, positions before the anchor, and (b) all of the block, in both directions. None
+may write to positions the target will read before it overwrites them.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class Prefixes(NamedTuple):
+    """Where the committed tokens of each drafting request lie in the target's cache."""
+
+    lengths: torch.Tensor  # [num_reqs], positions before the anchor; 0 on padded rows
+    block_tables: list[torch.Tensor]  # per cache group [num_reqs, max_blocks]
+    longest: int  # an upper bound on `lengths` that the host knows; 0 while there is no cache
+
+
+class CachedLayer(NamedTuple):
+    """One target attention layer and how the manager addresses its cache."""
+
+    attn: Any  # vllm Attention: its cache is looked up at run time because it is bound, and rebound, late
+    group: int
+    block_size: int  # tokens per block of the block table, which the cache may split further
+
+
+class BlockAttention(ABC):
+    """One attention call per layer of one draft pass."""
+
+    supports_graphs: bool
+
+    def __init__(self, layers: list[CachedLayer]) -> None:
+        self.layers = layers
+
+    @abstractmethod
+    def begin(self, prefixes: Prefixes) -> None:
+        """Start a draft pass over these prefixes."""
+
+    @abstractmethod
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [rows, heads * dim], k and v [rows, kv_heads * dim] of all blocks, in order; returns q's shape."""
+
+
+class GatherAttention(BlockAttention):
+    """Plain PyTorch: gather each prefix out of the cache, then attend densely.
+
+    Its cost follows the longest prefix of the batch and it moves that prefix for every layer, so it is for CPUs and
+    for checking other implementations.
+    """
+
+    supports_graphs = False
+
+    def begin(self, prefixes: Prefixes) -> None:
+        self._prefixes = prefixes
+        self._pages: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._masks: dict[int, torch.Tensor] = {}
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attn = self.layers[layer].attn
+        num_reqs, dim = self._prefixes.lengths.shape[0], attn.head_size
+
+        def by_request(x: torch.Tensor) -> torch.Tensor:
+            return x.view(num_reqs, -1, x.shape[-1] // dim, dim).transpose(1, 2)  # [num_reqs, heads, block, dim]
+
+        queries, keys, values = by_request(q), by_request(k), by_request(v)
+        mask = None
+        if self._prefixes.longest and attn.kv_cache.numel():
+            prefix_keys, prefix_values = self._gather(self.layers[layer], k.dtype)
+            mask = self._mask(prefix_keys.shape[2], keys.shape[2])
+            keys = torch.cat([prefix_keys, keys], dim=2)
+            values = torch.cat([prefix_values, values], dim=2)
+        out = scaled_dot_product_attention(queries, keys, values, mask, scale=attn.impl.scale, enable_gqa=True)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def _gather(self, layer: CachedLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `longest` positions, rounded up to pages: [num_reqs, kv_heads, length, dim]."""
+        keys, values = cached_keys_values(layer.attn)  # [num_pages, kv_heads, page, dim]
+        pages = self._page_table(layer, keys.shape[2])
+        num_reqs, num_pages = pages.shape
+
+        def gather(cached: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            picked = cached[pages].transpose(1, 2)  # [num_reqs, kv_heads, pages, page, dim]
+            picked = picked.reshape(num_reqs, cached.shape[1], num_pages * cached.shape[2], cached.shape[3])
+            return picked if cached.dtype == dtype else picked.to(dtype) * scale
+
+        return gather(keys, layer.attn._k_scale), gather(values, layer.attn._v_scale)
+
+    def _page_table(self, layer: CachedLayer, page: int) -> torch.Tensor:
+        """The pages that hold each prefix [num_reqs, pages]: the manager's blocks, split as this cache splits them."""
+        key = (layer.group, layer.block_size, page)
+        if key not in self._pages:
+            split = layer.block_size // page
+            num_blocks = -(-self._prefixes.longest // layer.block_size)
+            blocks = self._prefixes.block_tables[layer.group][:, :num_blocks].long()  # [num_reqs, num_blocks]
+            pages = blocks[:, :, None] * split + torch.arange(split, device=blocks.device)
+            self._pages[key] = pages.flatten(1)
+        return self._pages[key]
+
+    def _mask(self, length: int, block: int) -> torch.Tensor:
+        """What the rows may see [num_reqs, 1, 1, length + block]: the prefix before the anchor, and all of the block."""
+        if length not in self._masks:
+            lengths = self._prefixes.lengths
+            in_prefix = torch.arange(length, device=lengths.device) < lengths[:, None]
+            in_block = in_prefix.new_ones(lengths.shape[0], block)
+            self._masks[length] = torch.cat([in_prefix, in_block], dim=1)[:, None, None]
+        return self._masks[length]
+
+
+def cached_keys_values(attn: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a layer's cache as keys and values [num_pages, kv_heads, page, dim], whatever its physical order."""
+    cache, dim = attn.kv_cache, attn.head_size
+    if attn.attn_backend.get_name() != "CPU_ATTN":
+        keys, values = cache.split(dim, dim=-1)
+        return keys, values
+    # The CPU backend keeps, per page and head, all keys and then all values, and its vector kernels want the keys
+    # with the positions innermost.
+    num_pages, heads, page, _ = cache.shape
+    keys, values = cache.view(num_pages, heads, 2, page * dim).unbind(2)
+    keys = keys.view(num_pages, heads, dim, page).transpose(2, 3)
+    return keys, values.view(num_pages, heads, page, dim)

@@ -1,0 +1,141 @@
+"""``speculative_config`` for ``method: orthrus``: what may be set, what is filled in, what is refused."""
+
+import copy
+from dataclasses import fields
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+from vllm import envs
+from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
+from vllm.config.utils import config
+
+from vllm_orthrus.heads import HeadCheckpoint, open_head, resolve_head
+
+OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
+
+# Sixteen verified rows per request: predictable text accepts most of them, and vLLM's largest
+# verification graph (512 rows) still holds 32 requests.
+DEFAULT_DRAFTS = 15
+
+_NOT_OURS: dict[str, str] = {
+    "parallel_drafting": "an Orthrus block is always drafted in parallel; leave it out",
+    "use_heterogeneous_vocab": "the model drafts for itself, so there is one vocabulary; leave it out",
+    "quantization": "the head runs in the target's dtype; leave it out",
+    "kv_cache_dtype": "the head reads the target's cache; set --kv-cache-dtype for both",
+    "attention_backend": "the head reads the target's cache; set --attention-backend for the target",
+    "max_model_len": "the head drafts up to the target's limit; set --max-model-len",
+    "disable_padded_drafter_batch": "every Orthrus request drafts the same number of rows; leave it out",
+}
+
+
+@config(repr=False)
+class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
+    """A subclass rather than a patched class: it travels to workers by its name, which imports this package there.
+
+    vLLM sees a method that none of its branches knows, which leaves every one of them at its neutral default.
+    """
+
+    method: OrthrusMethod | None = None  # type: ignore[valid-type]
+
+    orthrus_block_size: int | None = Field(default=None, ge=1)
+    """Rows of a draft block, the anchor included. Unset, the width the head was trained with; narrower blocks cost
+    less and draft a little worse."""
+
+    orthrus_mask_token_id: int | None = Field(default=None, ge=0)
+    """Filled in from the head: the token that stands for "not known yet" in a block."""
+
+    def __post_init__(self) -> None:
+        # vLLM's own __post_init__ resolves a draft model by a closed list of methods. Orthrus has none to resolve.
+        self._refuse_foreign_settings()
+        self._refuse_parallelism()
+        head = self._find_head()
+        self._fit_block(head)
+        # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
+        # same object, because vLLM takes identity to mean "this is the draft model being loaded".
+        self.draft_model_config = copy.copy(self.target_model_config)
+        self.draft_parallel_config = self.target_parallel_config
+        self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+
+    def _refuse_foreign_settings(self) -> None:
+        for name, advice in _NOT_OURS.items():
+            value = getattr(self, name)
+            if value:
+                raise ValueError(f"{name}={value!r} does not apply to method 'orthrus': {advice}.")
+        if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+            raise ValueError(
+                "VLLM_USE_V2_MODEL_RUNNER=0 forces Model Runner V1, and method 'orthrus' runs on Model Runner V2 only. "
+                "Unset the variable."
+            )
+
+    def _refuse_parallelism(self) -> None:
+        parallel = self.target_parallel_config
+        for name, reason in (
+            ("pipeline_parallel_size", "a draft needs every layer's cache on one rank"),
+            ("decode_context_parallel_size", "a draft needs the whole prefix on one rank"),
+            ("prefill_context_parallel_size", "a draft needs the whole prefix on one rank"),
+        ):
+            value = getattr(parallel, name, 1)
+            if value > 1:
+                raise ValueError(
+                    f"{name}={value} is not supported with method 'orthrus' ({reason}); it must be 1. "
+                    "Use tensor parallelism instead."
+                )
+        target = parallel.tensor_parallel_size
+        if self.draft_tensor_parallel_size not in (None, target):
+            raise ValueError(
+                f"draft_tensor_parallel_size={self.draft_tensor_parallel_size} differs from the target's {target}. "
+                "The head shares the target's layers and is split as they are; leave it out."
+            )
+
+    def _find_head(self) -> HeadCheckpoint:
+        target = self.target_model_config
+        base_config = target.hf_text_config
+        if target.use_mla:
+            raise ValueError(
+                f"{target.model} uses multi-head latent attention, which has no keys and values for an Orthrus head to "
+                "read. Use a Qwen3-class model."
+            )
+        self.model = self.model or resolve_head(target.model)
+        if self.model is None:
+            raise ValueError(
+                f"no Orthrus head is known for {target.model}. Name one with speculative_config['model'] (a folder or "
+                "a repository), add it to the head map, or train one with `vllm-orthrus train`."
+            )
+        revision = self.revision or (target.revision if self.model == target.model else None)
+        self.revision = revision
+        head = open_head(self.model, revision)
+        for warning in head.config.check_fits(base_config, target.model):
+            _logger().warning("%s", warning)
+        head.check_complete()
+        return head
+
+    def _fit_block(self, head: HeadCheckpoint) -> None:
+        trained = head.config.block_size
+        block = self.orthrus_block_size or trained
+        if block > trained:
+            raise ValueError(
+                f"orthrus_block_size={block} is wider than the head's block of {trained} rows. Give at most {trained}."
+            )
+        # Only the last row of a block of the trained width was never taught to predict.
+        most = head.config.num_drafts if block == trained else block
+        if self.num_speculative_tokens is None:
+            self.num_speculative_tokens = min(DEFAULT_DRAFTS, most)
+        if self.num_speculative_tokens > most:
+            raise ValueError(
+                f"num_speculative_tokens={self.num_speculative_tokens} is more than the {most} drafts that a block of "
+                f"orthrus_block_size={block} rows gives with {self.model}. Give at most {most}."
+            )
+        self.orthrus_block_size = block
+        self.orthrus_mask_token_id = head.config.mask_token_id
+
+
+def settings() -> list[str]:
+    """The names a user may set."""
+    internal = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
+    return [f.name for f in fields(OrthrusSpeculativeConfig) if f.name not in internal | set(_NOT_OURS)]
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.orthrus")

