@@ -1,0 +1,59 @@
+"""Engines are expensive: each configuration is started once and shared by the tests that need just that."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+from harness import Engine
+
+StartEngine = Callable[..., Engine]
+
+
+class Checkpoints:
+    def __init__(self, folder: Path) -> None:
+        self.base = checkpoints.write_base(folder / "base")
+        self.copy_head = checkpoints.write_head(folder / "copy-head", block_size=1)
+        self.block_head = checkpoints.write_head(folder / "block-head", block_size=8, noise=0.05)
+        self.merged = checkpoints.write_merged(folder / "merged", block_size=32)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def oracle_config(tiny: Checkpoints) -> dict[str, Any]:
+    """One row per block, one draft, head = copy of the base: the diffusion view *is* the autoregressive one.
+
+    So every draft must be accepted, and a wrong slot, position, prefix length or layout shows as one that is not.
+    """
+    return {"method": "orthrus", "model": str(tiny.copy_head), "num_speculative_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def start(tiny: Checkpoints) -> Iterator[StartEngine]:
+    """Start an engine on the tiny base; closed with the module."""
+    running: list[Engine] = []
+
+    def start_engine(speculative: dict[str, Any] | None = None, model: Path | None = None, **options: Any) -> Engine:
+        engine = Engine(model or tiny.base, speculative, **options)
+        running.append(engine)
+        return engine
+
+    yield start_engine
+    for engine in running:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def plain(start: StartEngine) -> Engine:
+    """vLLM without speculation."""
+    return start(None)
+
+
+@pytest.fixture(scope="module")
+def oracle(start: StartEngine, oracle_config: dict[str, Any]) -> Engine:
+    return start(oracle_config)

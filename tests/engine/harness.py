@@ -1,0 +1,103 @@
+"""A real vLLM engine, and what its scheduler counted."""
+
+import gc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# The engine lives in the test's own process unless a test is about processes.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+
+class Counts(NamedTuple):
+    """Drafted and accepted tokens between two points in time."""
+
+    steps: int
+    drafted: int
+    accepted: int
+
+    def __sub__(self, other: "Counts") -> "Counts":  # type: ignore[override]
+        return Counts(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+class Run(NamedTuple):
+    tokens: list[list[int]]
+    counts: Counts
+    preemptions: int
+    cached_tokens: int
+    outputs: list[Any]
+
+
+class Engine:
+    def __init__(self, model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> None:
+        settings: dict[str, Any] = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "dtype": "float32",
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,
+            "kv_cache_memory_bytes": 32 << 20,
+            "enable_prefix_caching": False,
+            "disable_log_stats": False,
+            "block_size": 32,
+        }
+        self.llm = LLM(model=str(model), speculative_config=speculative, **(settings | options))
+        self._counts = Counts(0, 0, 0)
+        client = self.llm.llm_engine.engine_core
+        receive = client.get_output
+
+        def get_output() -> Any:
+            outputs = receive()
+            stats = outputs.scheduler_stats
+            if stats is not None and stats.spec_decoding_stats is not None:
+                self._count(stats.spec_decoding_stats)
+            return outputs
+
+        client.get_output = get_output
+
+    def _count(self, stats: SpecDecodingStats) -> None:
+        step = Counts(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
+        self._counts = Counts(*(total + new for total, new in zip(self._counts, step, strict=True)))
+
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int = 32, **sampling: Any) -> Run:
+        params = [
+            SamplingParams(
+                **({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False} | sampling)
+            )
+            for _ in prompts
+        ]
+        if "seed" in sampling:
+            for index, param in enumerate(params):
+                param.seed = sampling["seed"] + index
+        before = self._counts
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        return Run(
+            [list(output.outputs[0].token_ids) for output in outputs],
+            self._counts - before,
+            sum(output.metrics.num_preemptions for output in outputs if output.metrics is not None),
+            sum(output.num_cached_tokens or 0 for output in outputs),
+            list(outputs),
+        )
+
+    @property
+    def runner(self) -> Any:
+        """The model runner, for engines in this process."""
+        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def prompts(count: int, shortest: int = 5) -> list[list[int]]:
+    """Prompts of different lengths that share nothing."""
+    return [[(7 * i * j + 3 * j + 11 * i) % 250 for j in range(shortest + 3 * i)] for i in range(count)]

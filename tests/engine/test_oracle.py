@@ -1,0 +1,92 @@
+"""Oracle 1: with a one-row block and a head that copies the base, every draft is accepted, whatever the batch does."""
+
+from typing import Any
+
+import pytest
+from conftest import StartEngine
+from harness import Engine, Run, prompts
+
+
+def all_accepted(run: Run) -> bool:
+    return 0 < run.counts.drafted == run.counts.accepted
+
+
+def test_plain_decoding(oracle: Engine, plain: Engine) -> None:
+    drafted, expected = oracle.run(prompts(6), 40), plain.run(prompts(6), 40)
+    assert all_accepted(drafted)
+    assert drafted.tokens == expected.tokens
+    assert all(len(set(tokens)) > 8 for tokens in expected.tokens), "output too monotonous to prove anything"
+
+
+def test_single_request(oracle: Engine, plain: Engine) -> None:
+    drafted = oracle.run(prompts(1), 40)
+    assert all_accepted(drafted)
+    assert drafted.tokens == plain.run(prompts(1), 40).tokens
+
+
+def test_more_requests_than_run_at_once(oracle: Engine, plain: Engine) -> None:
+    """Prompts are read while other requests decode, with different lengths of output."""
+    drafted = oracle.run(prompts(20), 24)
+    assert all_accepted(drafted)
+    assert drafted.tokens == plain.run(prompts(20), 24).tokens
+
+
+def test_context_limit(oracle: Engine, plain: Engine) -> None:
+    """Generation stops at max_model_len, where the last blocks reach past it."""
+    long = [[(5 * j) % 250 for j in range(240)], [(3 * j) % 250 for j in range(247)]]
+    drafted = oracle.run(long, 64)
+    assert all_accepted(drafted)
+    assert [len(tokens) for tokens in drafted.tokens] == [256 - 240, 256 - 247]
+    assert drafted.tokens == plain.run(long, 64).tokens
+
+
+def test_chunked_prefill(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
+    engine = start(oracle_config, max_num_batched_tokens=16)
+    mixed = prompts(6, shortest=30)
+    drafted = engine.run(mixed, 24)
+    assert all_accepted(drafted)
+    assert drafted.tokens == plain.run(mixed, 24).tokens
+
+
+def test_prefix_hits_and_preemption(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
+    engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
+    shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
+    expected = plain.run(shared, 60).tokens
+    first, again = engine.run(shared, 60), engine.run(shared, 60)
+    assert all_accepted(first)
+    assert all_accepted(again)
+    assert first.preemptions + again.preemptions > 0, "the cache was large enough after all"
+    assert again.cached_tokens > 0, "nothing was served from the prefix cache"
+    assert first.tokens == again.tokens == expected
+
+
+def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any]) -> None:
+    """With the draft distribution equal to the target's, every acceptance ratio is one."""
+    engine = start(oracle_config | {"draft_sample_method": "probabilistic"})
+    drafted = engine.run(prompts(6), 40, temperature=0.9, seed=3)
+    assert all_accepted(drafted)
+    assert engine.run(prompts(6), 40, temperature=0.9, seed=3).tokens == drafted.tokens, "seeds do not reproduce"
+
+
+def test_asynchronous_scheduling(
+    start: StartEngine, oracle_config: dict[str, Any], plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+
+    def create_asynchronous(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        config.scheduler_config.async_scheduling = True  # vLLM switches it off on CPUs, where it gains nothing
+        return config
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", create_asynchronous)
+    engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    assert core.batch_queue_size == 2
+    assert type(core.scheduler).__name__ == "AsyncScheduler"
+    mixed = prompts(8, shortest=20)
+    drafted = engine.run(mixed, 60)
+    assert all_accepted(drafted)
+    assert drafted.preemptions > 0
+    assert drafted.tokens == plain.run(mixed, 60).tokens
