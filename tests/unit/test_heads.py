@@ -1,0 +1,230 @@
+"""Heads on disk: names, shapes, layouts, refusals, and where a head is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, Qwen2Config, Qwen3Config
+
+from tests.unit.conftest import SHAPES, make_base, make_head
+from vllm_orthrus import heads
+from vllm_orthrus.conversion import HEAD_SHARD, extract_head, merge_head
+from vllm_orthrus.heads import (
+    BaseShape,
+    HeadConfig,
+    HeadError,
+    base_fingerprint,
+    expected_tensors,
+    open_head,
+    resolve_head,
+    save_head,
+)
+
+QWEN3_8B = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 36, "hidden_size": 4096,
+    "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": None, "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
+}  # fmt: skip
+
+
+def saved(tmp_path: Path, shape: str = "qwen3") -> tuple[Path, Path]:
+    base = make_base(shape)
+    base.save_pretrained(tmp_path / "base")
+    config = HeadConfig.for_base(base.config.to_dict(), 8, 127, "test/base", "v1")
+    save_head(tmp_path / "head", make_head(base, 0.1).published(), config)
+    return tmp_path / "base", tmp_path / "head"
+
+
+def test_the_published_8b_head_has_the_published_size() -> None:
+    tensors = expected_tensors(BaseShape.from_config(QWEN3_8B))
+    assert len(tensors) == 36 * 6
+    assert tensors["model.layers.35.self_attn.q_proj_diff.weight"] == (4096, 4096)
+    assert tensors["model.layers.0.self_attn.k_norm_diff.weight"] == (128,)
+    parameters = sum(torch.Size(size).numel() for size in tensors.values())
+    assert 2 * parameters / 1e9 == pytest.approx(3.0, abs=0.05), "3.0 GB in bf16"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expected_tensors_are_what_a_head_has(shape: str) -> None:
+    base = make_base(shape)
+    found = {name: tuple(tensor.shape) for name, tensor in make_head(base).published().items()}
+    assert found == expected_tensors(BaseShape.from_config(base.config))
+
+
+def test_fingerprint_is_of_the_config_however_it_is_written() -> None:
+    modern = Qwen3Config(**{key: value for key, value in QWEN3_8B.items() if not key.startswith("rope_")})
+    modern.rope_parameters = {"rope_type": "default", "rope_theta": 1000000}
+    assert base_fingerprint(QWEN3_8B) == base_fingerprint(modern) == base_fingerprint(modern.to_dict())
+    for change in ({"rope_theta": 10000}, {"hidden_size": 2048}, {"rms_norm_eps": 1e-5}):
+        assert base_fingerprint({**QWEN3_8B, **change}) != base_fingerprint(QWEN3_8B)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_save_and_open(tmp_path: Path, shape: str) -> None:
+    base, head = saved(tmp_path, shape)
+    opened = open_head(head)
+    opened.check_complete()
+    assert opened.layout == "head-only"
+    assert opened.config.base.name == "test/base" and opened.config.base.revision == "v1"
+    assert (opened.config.block_size, opened.config.mask_token_id, opened.config.num_drafts) == (8, 127, 7)
+    assert opened.config.check_fits(json.loads((base / "config.json").read_text()), "base") == []
+    for name, tensor in opened.tensors():
+        assert torch.equal(tensor, load_file(head / "model.safetensors")[name])
+
+
+def test_config_json_follows_the_speculators_convention(tmp_path: Path) -> None:
+    _, head = saved(tmp_path)
+    config = json.loads((head / "config.json").read_text())
+    assert config["speculators_model_type"] == "orthrus"
+    assert config["block_size"] == 8 and config["mask_token_id"] == 127
+    verifier = config["speculators_config"]["verifier"]
+    assert verifier["name_or_path"] == "test/base" and verifier["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 7
+    assert config["transformer_layer_config"]["model_type"] == "qwen3"
+
+
+def test_merged_and_head_only_convert_into_each_other(tmp_path: Path) -> None:
+    base, head = saved(tmp_path)
+    merge_head(open_head(head), base, tmp_path / "merged")
+    merged = open_head(tmp_path / "merged")
+    assert merged.layout == "merged" and set(merged.files.values()) == {tmp_path / "merged" / HEAD_SHARD}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["OrthrusLM"] and config["model_type"] == "qwen3"
+    extract_head(merged, tmp_path / "again", "test/base", "v1")
+    again, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", head))
+    assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in before)
+    assert (
+        json.loads((tmp_path / "again" / "config.json").read_text())["speculators_config"]
+        == json.loads((head / "config.json").read_text())["speculators_config"]
+    )
+
+
+def test_only_shards_with_head_tensors_are_opened(tmp_path: Path) -> None:
+    """A base shard that cannot be parsed must not matter."""
+    base, head = saved(tmp_path)
+    merge_head(open_head(head), base, tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors").unlink()
+    (tmp_path / "merged" / "model.safetensors").write_bytes(b"not a safetensors file")
+    merged = open_head(tmp_path / "merged")
+    merged.check_complete()
+    assert len(dict(merged.tensors())) == len(merged.files)
+
+
+def test_a_repository_gives_up_only_what_holds_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, head = saved(tmp_path)
+    merge_head(open_head(head), base, tmp_path / "merged")
+    asked: list[str] = []
+
+    def download(repository: str, name: str, **_: object) -> str:
+        asked.append(name)
+        return str(tmp_path / "merged" / name)
+
+    monkeypatch.setattr(heads, "hf_hub_download", download)
+    opened = open_head("some/repository")
+    assert set(asked) == {"config.json", "model.safetensors.index.json", HEAD_SHARD}
+    assert opened.layout == "merged"
+
+
+def test_a_published_head_knows_its_base(tmp_path: Path) -> None:
+    config = HeadConfig.from_json(
+        {**QWEN3_8B, "architectures": ["OrthrusLM"], "block_size": 32, "mask_token_id": 151669, "auto_map": {}},
+        "chiennv/Orthrus-Qwen3-8B",
+    )
+    assert config.base.name == "Qwen/Qwen3-8B" and config.num_drafts == 31
+    assert config.check_fits(QWEN3_8B, "Qwen/Qwen3-8B") == []
+    assert config.base_config["architectures"] == ["Qwen3ForCausalLM"]
+
+
+# Refusals
+
+
+def test_head_that_does_not_fit_names_what_differs() -> None:
+    config = HeadConfig.for_base(QWEN3_8B, 32, 151669, "Qwen/Qwen3-8B")
+    with pytest.raises(HeadError, match=r"does not fit other/model: num_layers \(head 36, base 28\); hidden_size"):
+        config.check_fits({**QWEN3_8B, "num_hidden_layers": 28, "hidden_size": 2048}, "other/model")
+
+
+def test_differing_rope_is_a_warning_not_a_refusal() -> None:
+    config = HeadConfig.for_base(QWEN3_8B, 32, 151669, "Qwen/Qwen3-8B")
+    warnings = config.check_fits({**QWEN3_8B, "rope_theta": 5e6}, "Qwen/long")
+    assert len(warnings) == 1 and "rotary" in warnings[0]
+
+
+def test_incomplete_head_is_refused(tmp_path: Path) -> None:
+    _, head = saved(tmp_path)
+    tensors = load_file(head / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj_diff.weight"]
+    tensors["model.layers.0.self_attn.q_norm_diff.weight"] = torch.zeros(5)
+    save_file(tensors, head / "model.safetensors")
+    with pytest.raises(
+        HeadError, match=r"layers\.1\.self_attn\.v_proj_diff\.weight is missing; .*is \(5,\), not \(24,\)"
+    ):
+        open_head(head).check_complete()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MistralConfig(sliding_window=4096), r"sliding_window=4096"),
+        (Qwen2Config(use_sliding_window=True, sliding_window=1024, max_window_layers=0), r"sliding_window=1024"),
+        ({**QWEN3_8B, "layer_types": ["full_attention", "sliding_attention"]}, r"sliding_attention"),
+        ({**QWEN3_8B, "model_type": "qwen3_moe"}, r"model_type='qwen3_moe' is not supported"),
+    ],
+)
+def test_bases_that_cannot_work_are_refused(config: object, message: str) -> None:
+    with pytest.raises(HeadError, match=message):
+        BaseShape.from_config(config)
+
+
+def test_bad_heads_are_refused(tmp_path: Path) -> None:
+    base, _ = saved(tmp_path)
+    with pytest.raises(HeadError, match="holds no `_diff` tensors"):
+        open_head(base)
+    with pytest.raises(HeadError, match="has no config.json"):
+        (tmp_path / "empty").mkdir()
+        open_head(tmp_path / "empty")
+    with pytest.raises(HeadError, match="mask_token_id=151936 has no embedding row"):
+        HeadConfig.for_base(QWEN3_8B, 32, 151936, None)
+    with pytest.raises(HeadError, match="block_size=0"):
+        HeadConfig.for_base(QWEN3_8B, 0, 5, None)
+    with pytest.raises(HeadError, match="Name it with --base"):
+        base, head = saved(tmp_path / "x")
+        merge_head(open_head(head), base, tmp_path / "merged")
+        extract_head(open_head(tmp_path / "merged"), tmp_path / "again", None, None)
+
+
+def test_unreachable_repository_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HeadError, match="neither a folder here nor a repository that can be reached"):
+        open_head("nobody/nothing")
+
+
+# Finding a head
+
+
+def test_builtin_map_and_user_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ORTHRUS_HEADS", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert resolve_head("Qwen/Qwen3-8B") == "chiennv/Orthrus-Qwen3-8B"
+    assert resolve_head("my/base") is None
+    (tmp_path / "vllm-orthrus").mkdir()
+    (tmp_path / "vllm-orthrus" / "heads.json").write_text('{"my/base": "my/head", "Qwen/Qwen3-8B": "my/better"}')
+    assert resolve_head("my/base") == "my/head" and resolve_head("Qwen/Qwen3-8B") == "my/better"
+    monkeypatch.setenv("VLLM_ORTHRUS_HEADS", str(tmp_path / "missing.json"))
+    with pytest.raises(HeadError, match="names no file"):
+        resolve_head("my/base")
+    (tmp_path / "missing.json").write_text("[1]")
+    with pytest.raises(HeadError, match="must map base names"):
+        resolve_head("my/base")
+
+
+def test_a_merged_checkpoint_is_its_own_head(tmp_path: Path) -> None:
+    base, head = saved(tmp_path)
+    assert resolve_head(str(base)) is None
+    merge_head(open_head(head), base, tmp_path / "merged")
+    assert resolve_head(str(tmp_path / "merged")) == str(tmp_path / "merged")

@@ -1,0 +1,1 @@
+"""The reference model and the trainer: plain PyTorch, no vLLM."""

@@ -1,0 +1,325 @@
+"""The training loop: a frozen base teaches its own diffusion view, on one process or many (`accelerate launch`)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vllm_orthrus.heads import HeadConfig, open_head, save_head
+from vllm_orthrus.training import checkpoints
+from vllm_orthrus.training.blocks import anchor_places, draw_anchors, make_blocks
+from vllm_orthrus.training.checkpoints import Progress
+from vllm_orthrus.training.config import ConfigError, TrainConfig
+from vllm_orthrus.training.dual_view import DualViewModel
+from vllm_orthrus.training.evaluate import Acceptance, Setting, evaluate, first_per_class, read_prompts, table
+from vllm_orthrus.training.kl import cross_entropy, forward_kl
+from vllm_orthrus.training.metrics import MetricsLog, RowAgreement
+from vllm_orthrus.training.packing import PackedRows, prepare_rows
+from vllm_orthrus.training.reference import Reference, load_base
+from vllm_orthrus.training.schedule import learning_rate, rows_of_step, seeded, total_steps
+from vllm_orthrus.training.views import DiffusionHead, published_name
+
+logger = logging.getLogger(__name__)
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Parts(NamedTuple):
+    """What a run is made of, loaded and checked against each other."""
+
+    tokenizer: PreTrainedTokenizerBase
+    base: PreTrainedModel
+    head: DiffusionHead
+    head_config: HeadConfig
+
+
+def load_parts(config: TrainConfig, device: torch.device, sharded: bool = False) -> Parts:
+    tokenizer = AutoTokenizer.from_pretrained(config.base, revision=config.revision, trust_remote_code=False)
+    # A frozen base needs no fp32 copy, unless its shards must share one dtype with the head's.
+    dtype = torch.bfloat16 if config.run.precision == "bf16" and not sharded else torch.float32
+    base = load_base(config.base, dtype, config.revision).to(device)
+    base_config = base.config.to_dict()
+    mask = config.head.mask_token_id
+    mask = choose_mask_token(tokenizer, base_config["vocab_size"]) if mask is None else mask
+    head_config = HeadConfig.for_base(base_config, config.head.block_size, mask, config.base, config.revision)
+    head = DiffusionHead(base.model.layers)
+    if config.head.initial is not None:
+        initial = open_head(config.head.initial)
+        initial.config.check_fits(base.config, config.base)
+        initial.check_complete()
+        head.load_published(dict(initial.tensors()))
+    return Parts(tokenizer, base, head.to(device), head_config)
+
+
+def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """The tokenizer's own mask token, else the first spare row of the embedding."""
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    if len(tokenizer) < vocab_size:
+        return len(tokenizer)
+    raise ConfigError(
+        f"head.mask_token_id is not set, the tokenizer has no mask token, and its {len(tokenizer)} tokens leave no "
+        f"spare row in the vocabulary of {vocab_size}. Set head.mask_token_id to a token that never occurs in text."
+    )
+
+
+class Trainer:
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+        self.config = config
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=self._rounds(1), cpu=not torch.accelerator.is_available()
+        )
+        self.accelerator.gradient_accumulation_steps = self._rounds(self.accelerator.num_processes)
+        self.device: torch.device = self.accelerator.device
+        self.main: bool = self.accelerator.is_main_process
+        self.sharded = str(self.accelerator.distributed_type).endswith("FSDP")
+        if self.sharded and config.evaluation.prompts:
+            raise ConfigError(
+                "evaluation.prompts cannot be used with FSDP: decoding calls parts of layers, which sharding does not "
+                "allow. Unset it, and measure checkpoints with `vllm-orthrus head verify`."
+            )
+        set_seed(config.seed)
+        self.tokenizer, self.base, self.head, self.head_config = load_parts(config, self.device, self.sharded)
+        held_out = config.evaluation.prompts
+        self.prompts = read_prompts(Path(held_out), self.tokenizer) if held_out is not None else []
+        self.rows = self._prepare_rows()
+        self.steps = total_steps(config.run, len(self.rows))
+        self.progress = Progress(0, 0, 0.0)
+        self.folder = config.output / "checkpoints"
+        newest = checkpoints.newest(self.folder)
+        if newest is not None and not resume:
+            raise ConfigError(
+                f"output={config.output} already holds {newest.name} of an earlier run. Continue it with --resume, or "
+                "choose another output."
+            )
+        optimizer_state = None
+        if newest is not None:
+            self.progress, optimizer_state = checkpoints.restore(newest, config, self.head)
+        # The output weights are borrowed by the loss; sharding must not take them away from it.
+        self.output_weight: Tensor = (
+            self.base.lm_head.weight.detach().clone() if self.sharded else self.base.lm_head.weight
+        )
+        model = DualViewModel(self.base, self.head, self._attention(), config.run.recompute)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        settings = config.optimizer
+        optimizer = torch.optim.AdamW(
+            trained, settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if optimizer_state is not None:
+            set_optimizer_state_dict(self._plain_model(), self._plain_optimizer(), optimizer_state, options=_WHOLE)
+        self.metrics = MetricsLog(config.output / "metrics.jsonl", self.progress.step) if self.main else None
+
+    # Setting up
+
+    def _rounds(self, processes: int) -> int:
+        """Forward passes per optimizer step and process."""
+        per_round = self.config.run.rows_per_device * processes
+        rounds, rest = divmod(self.config.run.rows_per_step, per_round)
+        if rest or not rounds:
+            raise ConfigError(
+                f"run.rows_per_step={self.config.run.rows_per_step} is not a multiple of run.rows_per_device="
+                f"{self.config.run.rows_per_device} times {processes} processes. Change one of them."
+            )
+        return rounds
+
+    def _prepare_rows(self) -> PackedRows:
+        with self.accelerator.main_process_first():  # the others then find the packed rows on disk
+            rows = prepare_rows(
+                self.config.data,
+                self.tokenizer,
+                self.head_config.mask_token_id,
+                self.config.output / "data",
+                self.main,
+            )
+        return rows
+
+    def _attention(self) -> Any:
+        kind = self.config.run.attention
+        return kind if kind != "auto" else "flex" if self.device.type == "cuda" else "dense"
+
+    def _plain_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer
+
+    # The loop
+
+    def run(self) -> Path:
+        """Train to the end (or to `max_minutes`), export the head, and return its folder."""
+        started = time.monotonic() - self.progress.seconds
+        bar = tqdm(total=self.steps, initial=self.progress.step, desc="training", unit="step", disable=not self.main)
+        for step in range(self.progress.step, self.steps):
+            loss, agreement = self._step(step)
+            tokens = self.progress.tokens + self.config.run.rows_per_step * self.config.data.row_length
+            self.progress = Progress(step + 1, tokens, time.monotonic() - started)
+            bar.update()
+            self._log(loss, agreement, bar)
+            limit = self.config.run.max_minutes
+            over = self._anywhere(limit is not None and self.progress.seconds > 60 * limit)
+            if self.progress.step % self.config.run.checkpoint_every == 0 or over or self.progress.step == self.steps:
+                self._save_checkpoint()
+            if over:
+                break
+            if self.progress.step % self.config.evaluation.every == 0 and self.progress.step < self.steps:
+                self._evaluate(self.config.evaluation.per_class)
+        bar.close()
+        return self._finish()
+
+    def _step(self, step: int) -> tuple[float, RowAgreement]:
+        """One optimizer step on this process's share of the step's rows."""
+        run = self.config.run
+        drawn = rows_of_step(step, run.rows_per_step, len(self.rows), self.config.seed)
+        mine = drawn[self.accelerator.process_index :: self.accelerator.num_processes]
+        rate = learning_rate(step, self.steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total, agreement = 0.0, RowAgreement.empty(self.config.head.block_size)
+        for start in range(0, len(mine), run.rows_per_device):
+            with self.accelerator.accumulate(self.model):
+                loss, seen = self._loss(mine[start : start + run.rows_per_device])
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            total += float(loss.detach()) * run.rows_per_device / len(mine)
+            agreement = agreement + seen
+        return total, agreement
+
+    def _loss(self, drawn: list[tuple[int, int]]) -> tuple[Tensor, RowAgreement]:
+        """The objective on a few packed rows, given as (epoch, row)."""
+        objective, width = self.config.objective, self.config.head.block_size
+        rows = self.rows.take([row for _, row in drawn])
+        places = anchor_places(rows, width)
+        # Anchors depend on epoch and row alone, not on the batch, the process or what was drawn before.
+        anchors, real = (
+            torch.cat(part)
+            for part in zip(
+                *(
+                    draw_anchors(places[i : i + 1], objective.anchors_per_row, seeded(self.config.seed, epoch, row, 1))
+                    for i, (epoch, row) in enumerate(drawn)
+                ),
+                strict=True,
+            )
+        )
+        rows = rows.to(self.device)
+        blocks = make_blocks(rows, anchors.to(self.device), real.to(self.device), width, self.head_config.mask_token_id)
+        with self._precision():
+            states = self.model(rows, blocks)
+            taught = blocks.taught
+            place = torch.arange(width, device=self.device).expand_as(taught)[taught]
+            weights = objective.position_decay ** place.float()
+            student = states.student[taught]  # [taught rows, d]
+            if len(student) == 0:  # nothing to learn here, but every process must take part in the backward pass
+                return states.student.sum() * 0.0, RowAgreement.empty(width)
+            row = torch.arange(len(taught), device=self.device)[:, None, None].expand_as(taught)[taught]
+            if objective.kind == "kl":
+                of_row = row * rows.tokens.shape[1] + blocks.teacher[taught]
+                result = forward_kl(student, states.teacher.flatten(0, 1), of_row, self.output_weight, weights)
+            else:
+                labels = rows.tokens[row, blocks.teacher[taught] + 1]
+                result = cross_entropy(student, labels, self.output_weight, weights)
+        return result.loss, RowAgreement.count(place, result.agreed, width)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether any process says so: all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device)).item())
+
+    # What is left behind
+
+    def _log(self, loss: float, agreement: RowAgreement, bar: Any) -> None:
+        if self.progress.step % self.config.run.log_every and self.progress.step != self.steps:
+            return
+        if self.accelerator.num_processes > 1:
+            loss = float(self.accelerator.reduce(torch.tensor(loss, device=self.device), "mean"))
+            agreement = agreement.summed(self.accelerator.reduce, self.device)
+        if self.metrics is None:
+            return
+        expected = agreement.tokens_per_cycle()
+        bar.set_postfix(loss=f"{loss:.3f}", teacher_forced=f"{expected:.2f}")
+        self.metrics.write(
+            step=self.progress.step,
+            loss=loss,
+            teacher_forced_tokens_per_cycle=expected,
+            agreement=agreement.rates(),
+            learning_rate=learning_rate(self.progress.step - 1, self.steps, self.config.optimizer),
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The head under its published names, gathered from all processes."""
+        state: dict[str, Any] = get_model_state_dict(
+            self._plain_model(),
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True),
+        )
+        return {published_name(name.replace(".diffusion.", ".")): tensor for name, tensor in state.items()}
+
+    def _save_checkpoint(self) -> None:
+        weights = self._weights()  # every process takes part in gathering
+        optimizer = get_optimizer_state_dict(self._plain_model(), self._plain_optimizer(), options=_WHOLE)
+        if self.main:
+            checkpoints.save(self.folder, self.progress, weights, self.head_config, optimizer, self.config)
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, per_class: int | None) -> dict[str, Acceptance]:
+        results: dict[str, Acceptance] = {}
+        if self.prompts and self.main:
+            # A copy in the base's dtype: decoding needs neither fp32 masters nor autocast.
+            head = copy.deepcopy(self.head).to(self.base.dtype)
+            results = evaluate(
+                Reference(self.base, head, self.head_config),
+                first_per_class(self.prompts, per_class),
+                [self.tokenizer.eos_token_id],
+                Setting(max_new_tokens=self.config.evaluation.max_new_tokens, batch=self.config.evaluation.batch),
+                show_progress=per_class is None,
+            )
+            if self.metrics is not None:
+                measured = {kind: result.tokens_per_cycle for kind, result in results.items()}
+                self.metrics.write(step=self.progress.step, tokens_per_cycle=measured)
+                summary = ", ".join(f"{kind} {value:.2f}" for kind, value in measured.items())
+                tqdm.write(f"step {self.progress.step}: tokens per cycle: {summary}")
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def _finish(self) -> Path:
+        target = self.config.output / "head"
+        weights = self._weights()
+        if self.main:
+            dtype = torch.bfloat16 if self.config.head.dtype == "bf16" else torch.float32
+            save_head(target, {name: tensor.to(dtype) for name, tensor in weights.items()}, self.head_config)
+        results = self._evaluate(None)
+        if results:
+            tqdm.write(table(results))
+        self.accelerator.end_training()
+        return target
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    return Trainer(config, resume).run()
