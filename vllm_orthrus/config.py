@@ -129,10 +129,10 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.orthrus_mask_token_id = head.config.mask_token_id
 
 
-def settings() -> list[str]:
-    """The names a user may set."""
-    internal = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
-    return [f.name for f in fields(OrthrusSpeculativeConfig) if f.name not in internal | set(_NOT_OURS)]
+def known_settings() -> list[str]:
+    """The names that `speculative_config` may hold, ours last."""
+    given_by_vllm = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
+    return [field.name for field in fields(OrthrusSpeculativeConfig) if field.name not in given_by_vllm]
 
 
 def _logger() -> Any:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+from tests.engine import checkpoints
 import pytest
-from harness import Engine
+from tests.engine.harness import Engine
 
 StartEngine = Callable[..., Engine]
 

@@ -11,6 +11,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
@@ -49,6 +50,7 @@ class Engine:
             "block_size": 32,
         }
         self.llm = LLM(model=str(model), speculative_config=speculative, **(settings | options))
+        self._poison_cache()
         self._counts = Counts(0, 0, 0)
         client = self.llm.llm_engine.engine_core
         receive = client.get_output
@@ -61,6 +63,13 @@ class Engine:
             return outputs
 
         client.get_output = get_output
+
+    def _poison_cache(self) -> None:
+        """Fill the cache as a long-running engine would: a fresh one is all zeros, which hides reads past a prefix."""
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
+            generator = torch.Generator().manual_seed(0)
+            for cache in self.runner.kv_caches:
+                cache.normal_(std=3.0, generator=generator)
 
     def _count(self, stats: SpecDecodingStats) -> None:
         step = Counts(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import StartEngine
-from harness import Engine, Run, prompts
+from tests.engine.conftest import StartEngine
+from tests.engine.harness import Engine, Run, prompts
 
 
 def all_accepted(run: Run) -> bool:

@@ -28,9 +28,20 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
                 )
             if value is not None:
                 given[key] = value
-        from vllm_orthrus.config import OrthrusSpeculativeConfig
+        from vllm_orthrus.config import OrthrusSpeculativeConfig, known_settings
 
         settings = {key.replace("-", "_"): value for key, value in given.items()}
+        unknown = sorted(set(settings) - set(known_settings()))
+        if unknown:
+            raise ValueError(
+                f"speculative_config has no setting {', '.join(unknown)}. With method 'orthrus' it may hold: "
+                f"{', '.join(known_settings())}."
+            )
+        if self.enable_lora:
+            raise ValueError(
+                "enable_lora=True is not supported with method 'orthrus' yet: drafts would pass through adapters mapped "
+                "to other tokens. Serve without LoRA, or without speculation."
+            )
         return OrthrusSpeculativeConfig(
             **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
         )

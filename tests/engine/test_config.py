@@ -1,0 +1,176 @@
+"""`speculative_config` from every door, what is filled in, and what is refused before anything is loaded."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.engine import checkpoints
+from tests.engine.conftest import Checkpoints
+from vllm_orthrus.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
+
+
+def build(model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> VllmConfig:
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128}
+    return EngineArgs(model=str(model), speculative_config=speculative, **(settings | options)).create_engine_config()
+
+
+def orthrus(head: Path, **settings: Any) -> dict[str, Any]:
+    return {"method": "orthrus", "model": str(head)} | settings
+
+
+def test_filled_in_from_the_head(tiny: Checkpoints) -> None:
+    config = build(tiny.base, orthrus(tiny.block_head))
+    spec = config.speculative_config
+    assert isinstance(spec, OrthrusSpeculativeConfig)
+    assert (spec.orthrus_block_size, spec.num_speculative_tokens, spec.orthrus_mask_token_id) == (8, 7, 255)
+    assert config.use_v2_model_runner
+    assert config.num_lookahead_tokens == 0
+
+
+def test_merged_checkpoint_needs_nothing_else(tiny: Checkpoints) -> None:
+    spec = build(tiny.merged, {"method": "orthrus"}).speculative_config
+    assert spec.model == str(tiny.merged)
+    assert (spec.orthrus_block_size, spec.num_speculative_tokens) == (32, DEFAULT_DRAFTS)
+
+
+def test_flags(tiny: Checkpoints) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--spec-method", "orthrus", "--spec-model", str(tiny.block_head), "--spec-tokens", "4"]
+    arguments = parser.parse_args(["--model", str(tiny.base), "--skip-tokenizer-init", *flags])
+    spec = EngineArgs.from_cli_args(arguments).create_engine_config().speculative_config
+    assert (spec.method, spec.num_speculative_tokens) == ("orthrus", 4)
+
+    settings = json.dumps(orthrus(tiny.block_head) | {"num-speculative-tokens": 3})
+    arguments = parser.parse_args(["--model", str(tiny.base), "--skip-tokenizer-init", "--speculative-config", settings])
+    assert EngineArgs.from_cli_args(arguments).create_engine_config().speculative_config.num_speculative_tokens == 3
+
+
+def test_survives_copies(tiny: Checkpoints) -> None:
+    import cloudpickle
+
+    config = build(tiny.base, orthrus(tiny.block_head, num_speculative_tokens=4))
+    for copy in (
+        pickle.loads(pickle.dumps(config)),
+        cloudpickle.loads(cloudpickle.dumps(config)),
+        replace(config, load_config=config.load_config),
+    ):
+        assert isinstance(copy.speculative_config, OrthrusSpeculativeConfig)
+        assert copy.speculative_config.num_speculative_tokens == 4
+        assert copy.compute_hash() == config.compute_hash()
+    changed = replace(config.speculative_config, draft_sample_method="probabilistic")
+    assert (changed.draft_sample_method, changed.num_speculative_tokens) == ("probabilistic", 4)
+
+
+def test_reaches_a_worker_that_has_not_loaded_plugins(tiny: Checkpoints, tmp_path: Path) -> None:
+    """vLLM unpickles the config in a worker before it loads plugins there."""
+    pickled = tmp_path / "config"
+    pickled.write_bytes(pickle.dumps(build(tiny.base, orthrus(tiny.block_head))))
+    child = (
+        "import pickle, pathlib, sys, vllm.plugins as plugins\n"
+        "spec = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).speculative_config\n"
+        "assert not plugins.plugins_loaded\n"
+        "print(type(spec).__name__, spec.orthrus_block_size)"
+    )
+    printed = subprocess.run([sys.executable, "-c", child, str(pickled)], capture_output=True, text=True, check=True)
+    assert printed.stdout.split()[-2:] == ["OrthrusSpeculativeConfig", "8"]
+
+
+def test_other_methods_keep_their_own_config(tiny: Checkpoints) -> None:
+    spec = build(tiny.base, {"method": "ngram", "num_speculative_tokens": 2}).speculative_config
+    assert type(spec) is SpeculativeConfig
+
+
+def test_runs_no_more_requests_than_its_blocks_fit(tiny: Checkpoints) -> None:
+    config = build(tiny.base, orthrus(tiny.block_head), max_num_batched_tokens=64, max_num_seqs=32, max_model_len=64)
+    assert config.scheduler_config.max_num_active_seqs == 64 // 8
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "pipeline parallel": ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 .* must be 1"),
+    "more drafts than rows": ({"num_speculative_tokens": 8}, {}, "num_speculative_tokens=8 .* at most 7"),
+    "wider than trained": ({"orthrus_block_size": 9}, {}, "orthrus_block_size=9 .* at most 8"),
+    "unknown setting": ({"orthrus_blocksize": 4}, {}, "orthrus_blocksize.*orthrus_block_size"),
+    "parallel drafting": ({"parallel_drafting": True}, {}, "parallel_drafting=True does not apply"),
+    "draft ranks": ({"draft_tensor_parallel_size": 2}, {}, "draft_tensor_parallel_size=2 differs"),
+    "no such head": ({"model": "/no/such/folder"}, {}, "/no/such/folder"),
+    "LoRA": ({}, {"enable_lora": True}, "enable_lora"),
+    "no room for a block": ({}, {"max_num_batched_tokens": 4, "max_num_seqs": 2, "enable_chunked_prefill": True}, "one draft block"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tiny: Checkpoints) -> None:
+    settings, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        build(tiny.base, orthrus(tiny.block_head, **settings), **options)
+
+
+@pytest.mark.parametrize("size", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallelism_is_refused(size: str, tiny: Checkpoints) -> None:
+    config = build(tiny.base, orthrus(tiny.block_head))
+    parallel = config.parallel_config
+    setattr(parallel, size, 2)
+    with pytest.raises(ValueError, match=f"{size}=2"):
+        OrthrusSpeculativeConfig(
+            method="orthrus",
+            model=str(tiny.block_head),
+            target_model_config=config.model_config,
+            target_parallel_config=parallel,
+        )
+
+
+def test_model_runner_v1_is_refused(tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        build(tiny.base, orthrus(tiny.block_head))
+
+
+def test_both_doors_at_once_are_refused(tiny: Checkpoints) -> None:
+    with pytest.raises(ValueError, match="--spec-tokens=2 .* both set"):
+        build(tiny.base, orthrus(tiny.block_head, num_speculative_tokens=3), spec_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 32}, "hidden_size"),
+        ({"vocab_size": 512}, "vocab_size"),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "full attention"),
+        ({"num_hidden_layers": 3}, "num_layers"),
+    ],
+    ids=["width", "vocabulary", "sliding window", "layers"],
+)
+def test_head_that_does_not_fit(change: dict[str, Any], message: str, tiny: Checkpoints, tmp_path: Path) -> None:
+    base = tmp_path / "other"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(checkpoints.CONFIG | change))
+    with pytest.raises(ValueError, match=message):
+        build(base, orthrus(tiny.block_head))
+
+
+def test_base_without_a_known_head(tiny: Checkpoints) -> None:
+    with pytest.raises(ValueError, match="no Orthrus head is known"):
+        build(tiny.base, {"method": "orthrus"})
+
+
+def test_incomplete_head(tiny: Checkpoints, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    head = tmp_path / "head"
+    checkpoints.write_head(head, block_size=8)
+    tensors = load_file(head / "model.safetensors")
+    tensors.pop("model.layers.1.self_attn.o_proj_diff.weight")
+    save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj_diff\.weight is missing"):
+        build(tiny.base, orthrus(head))

@@ -1,0 +1,155 @@
+"""What vLLM returns with Orthrus is what it returns without, feature by feature."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.engine.checkpoints import VOCAB
+from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.harness import Engine, prompts
+from vllm_orthrus.speculator import OrthrusSpeculator
+
+
+@pytest.fixture(scope="module")
+def drafting(start: StartEngine, tiny: Checkpoints) -> Engine:
+    """A bad head on purpose: acceptance is its business, the text is not."""
+    return start({"method": "orthrus", "model": str(tiny.block_head)})
+
+
+def test_greedy(drafting: Engine, plain: Engine) -> None:
+    given = prompts(12)
+    drafted = drafted_run = drafting.run(given, 48)
+    assert drafted.tokens == plain.run(given, 48).tokens
+    assert 0 < drafted_run.counts.accepted < drafted_run.counts.drafted
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"logprobs": 3},
+        {"prompt_logprobs": 2},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.4},
+        {"stop_token_ids": list(range(0, VOCAB, 9)), "ignore_eos": False},
+        {"min_tokens": 7, "stop_token_ids": list(range(0, VOCAB, 3)), "ignore_eos": False},
+        {"bad_words": None, "allowed_token_ids": list(range(40))},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_greedy_with(sampling: dict[str, Any], drafting: Engine, plain: Engine) -> None:
+    given = prompts(4)
+    drafted, expected = drafting.run(given, 24, **sampling), plain.run(given, 24, **sampling)
+    assert drafted.tokens == expected.tokens
+    for mine, theirs in zip(drafted.outputs, expected.outputs, strict=True):
+        assert _ranks(mine.outputs[0].logprobs) == _ranks(theirs.outputs[0].logprobs)
+        assert _ranks(mine.prompt_logprobs) == _ranks(theirs.prompt_logprobs)
+
+
+def _ranks(logprobs: Any) -> Any:
+    """Tokens in their order, with their log-probabilities as far as float32 agrees across batch shapes."""
+    return logprobs and [
+        step and {token: (entry.rank, pytest.approx(entry.logprob, abs=1e-4)) for token, entry in step.items()}
+        for step in logprobs
+    ]
+
+
+def test_seeds_reproduce(drafting: Engine) -> None:
+    given = prompts(4)
+    first = drafting.run(given, 24, temperature=1.0, seed=11)
+    assert first.tokens == drafting.run(given, 24, temperature=1.0, seed=11).tokens
+    assert first.tokens != drafting.run(given, 24, temperature=1.0, seed=12).tokens
+
+
+def test_fewer_rows_and_drafts_than_trained(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
+    narrow = {"method": "orthrus", "model": str(tiny.block_head), "orthrus_block_size": 4, "num_speculative_tokens": 3}
+    engine = start(narrow)
+    assert engine.runner.speculator.input_ids.shape[1] == 4
+    assert engine.run(prompts(4), 24).tokens == plain.run(prompts(4), 24).tokens
+
+
+def test_drafts_chosen_by_batch_size(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
+    """vLLM's dynamic speculation, down to no drafts at all."""
+    schedule = [[1, 2, 5], [3, 4, 2], [5, 8, 0]]
+    engine = start(
+        {
+            "method": "orthrus",
+            "model": str(tiny.block_head),
+            "num_speculative_tokens": 5,
+            "num_speculative_tokens_per_batch_size": schedule,
+        }
+    )
+    drafted = engine.run(prompts(8), 24)
+    assert drafted.tokens == plain.run(prompts(8), 24).tokens
+
+
+def test_merged_checkpoint(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
+    """As published, without its remote code: the head is found in the target itself."""
+    expected = plain.run(prompts(4), 40)
+    alone = start(None, model=tiny.merged)
+    assert alone.run(prompts(4), 40).tokens == expected.tokens
+    drafted = start({"method": "orthrus"}, model=tiny.merged).run(prompts(4), 40)
+    assert drafted.tokens == expected.tokens
+    assert drafted.counts.drafted >= 15 * 4
+
+
+def test_nothing_of_the_base_is_held_twice(drafting: Engine) -> None:
+    runner = drafting.runner
+    view, target = runner.speculator.model, runner.model
+    head = {parameter.data_ptr() for parameter in view.parameters()}
+    base = {parameter.data_ptr() for parameter in target.parameters()}
+    assert head and not head & base
+    assert not {name for name, _ in view.named_parameters() if "proj" not in name and "norm" not in name}
+    assert view.target is target
+    config = runner.model_config.hf_config
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    per_layer = config.hidden_size * (q + kv + kv + q) + 2 * config.head_dim
+    assert sum(parameter.numel() for parameter in view.parameters()) == per_layer * config.num_hidden_layers
+    cached = {name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names}
+    assert len(cached) == config.num_hidden_layers, "drafting added layers to the cache"
+
+
+class HostReads(TorchDispatchMode):
+    """Raises where an operation would make the host wait for the device to learn a value."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "item")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function._schema.name.split("::")[1].removesuffix("_out") in self.WAITING:
+            raise AssertionError(f"{function} makes the host wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def test_drafting_never_waits_for_the_device(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    propose = OrthrusSpeculator.propose
+    watched = []
+
+    def watched_propose(self: OrthrusSpeculator, *arguments: Any, **options: Any) -> Any:
+        with HostReads():
+            result = propose(self, *arguments, **options)
+        watched.append(result.shape)
+        return result
+
+    monkeypatch.setattr(OrthrusSpeculator, "propose", watched_propose)
+    drafting.run(prompts(6), 8)
+    assert watched
+    with pytest.raises(AssertionError, match="wait"), HostReads():
+        torch.ones(2).sum().item()
+
+
+def test_requests_reading_their_prompt_draft_nothing(
+    start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start({"method": "orthrus", "model": str(tiny.block_head)}, max_num_batched_tokens=16)
+    passes: list[int] = []
+    draft = OrthrusSpeculator._draft
+
+    def counting(self: OrthrusSpeculator, num_reqs: int, longest: int) -> None:
+        passes.append(num_reqs)
+        draft(self, num_reqs, longest)
+
+    monkeypatch.setattr(OrthrusSpeculator, "_draft", counting)
+    engine.run([list(range(100))], 1)
+    assert len(passes) <= 1, "seven chunks of prompt and one token need at most one draft pass"
+
+
