@@ -12,12 +12,20 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-class Prefixes(NamedTuple):
-    """Where the committed tokens of each drafting request lie in the target's cache."""
+class Blocks(NamedTuple):
+    """The blocks of one draft pass. Tensors are views of buffers that stay where they are, so a graph may read them."""
 
-    lengths: torch.Tensor  # [num_reqs], positions before the anchor; 0 on padded rows
-    block_tables: list[torch.Tensor]  # per cache group [num_reqs, max_blocks]
-    longest: int  # an upper bound on `lengths` that the host knows; 0 while there is no cache
+    positions: torch.Tensor  # [num_reqs, block]
+    prefix_lengths: torch.Tensor  # [num_reqs], positions before the anchor; 0 on padded rows
+    block_tables: list[torch.Tensor]  # per cache group [num_reqs, max_blocks]; all zeros on padded rows
+    longest: int  # an upper bound on prefix_lengths that the host knows; 0 while there is no cache
+
+
+class ForwardInputs(NamedTuple):
+    """What vLLM's forward context must hold while the view runs, for paths through vLLM's own attention layers."""
+
+    attn_metadata: dict[str, Any] | None = None
+    slot_mapping: dict[str, torch.Tensor] | None = None
 
 
 class CachedLayer(NamedTuple):
@@ -33,12 +41,9 @@ class BlockAttention(ABC):
 
     supports_graphs: bool
 
-    def __init__(self, layers: list[CachedLayer]) -> None:
-        self.layers = layers
-
     @abstractmethod
-    def begin(self, prefixes: Prefixes) -> None:
-        """Start a draft pass over these prefixes."""
+    def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
+        """Prepare a draft pass over these blocks. Not part of a captured graph, and run before each replay."""
 
     @abstractmethod
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -54,21 +59,25 @@ class GatherAttention(BlockAttention):
 
     supports_graphs = False
 
-    def begin(self, prefixes: Prefixes) -> None:
-        self._prefixes = prefixes
+    def __init__(self, layers: list[CachedLayer]) -> None:
+        self.layers = layers
+
+    def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
+        self._blocks = blocks
         self._pages: dict[tuple[int, int, int], torch.Tensor] = {}
         self._masks: dict[int, torch.Tensor] = {}
+        return ForwardInputs()
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         attn = self.layers[layer].attn
-        num_reqs, dim = self._prefixes.lengths.shape[0], attn.head_size
+        num_reqs, dim = self._blocks.prefix_lengths.shape[0], attn.head_size
 
         def by_request(x: torch.Tensor) -> torch.Tensor:
             return x.view(num_reqs, -1, x.shape[-1] // dim, dim).transpose(1, 2)  # [num_reqs, heads, block, dim]
 
         queries, keys, values = by_request(q), by_request(k), by_request(v)
         mask = None
-        if self._prefixes.longest and attn.kv_cache.numel():
+        if self._blocks.longest and attn.kv_cache.numel():
             prefix_keys, prefix_values = self._gather(self.layers[layer], k.dtype)
             mask = self._mask(prefix_keys.shape[2], keys.shape[2])
             keys = torch.cat([prefix_keys, keys], dim=2)
@@ -94,16 +103,16 @@ class GatherAttention(BlockAttention):
         key = (layer.group, layer.block_size, page)
         if key not in self._pages:
             split = layer.block_size // page
-            num_blocks = -(-self._prefixes.longest // layer.block_size)
-            blocks = self._prefixes.block_tables[layer.group][:, :num_blocks].long()  # [num_reqs, num_blocks]
+            num_blocks = -(-self._blocks.longest // layer.block_size)
+            blocks = self._blocks.block_tables[layer.group][:, :num_blocks].long()  # [num_reqs, num_blocks]
             pages = blocks[:, :, None] * split + torch.arange(split, device=blocks.device)
             self._pages[key] = pages.flatten(1)
         return self._pages[key]
 
     def _mask(self, length: int, block: int) -> torch.Tensor:
-        """What the rows may see [num_reqs, 1, 1, length + block]: the prefix before the anchor, and all of the block."""
+        """What rows may see [num_reqs, 1, 1, length + block]: the prefix before the anchor, and all of the block."""
         if length not in self._masks:
-            lengths = self._prefixes.lengths
+            lengths = self._blocks.prefix_lengths
             in_prefix = torch.arange(length, device=lengths.device) < lengths[:, None]
             in_block = in_prefix.new_ones(lengths.shape[0], block)
             self._masks[length] = torch.cat([in_prefix, in_block], dim=1)[:, None, None]

@@ -1,15 +1,18 @@
 """``speculative_config`` for ``method: orthrus``: what may be set, what is filled in, what is refused."""
 
 import copy
+import json
 from dataclasses import fields
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from pydantic import Field
 from vllm import envs
 from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 
-from vllm_orthrus.heads import HeadCheckpoint, open_head, resolve_head
+from vllm_orthrus.heads import HeadConfig, open_head, resolve_head
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
 
@@ -35,11 +38,21 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     vLLM sees a method that none of its branches knows, which leaves every one of them at its neutral default.
     """
 
+    if TYPE_CHECKING:  # vLLM's own fields that are filled in here
+        model: str | None
+        revision: str | None
+        num_speculative_tokens: int | None
+        draft_load_config: Any
+
     method: OrthrusMethod | None = None  # type: ignore[valid-type]
 
     orthrus_block_size: int | None = Field(default=None, ge=1)
     """Rows of a draft block, the anchor included. Unset, the width the head was trained with; narrower blocks cost
     less and draft a little worse."""
+
+    orthrus_attention: Literal["auto", "gather", "write_through"] = "auto"
+    """How a block reads the target's cache. "gather" copies the prefix into a dense PyTorch attention; it suits CPUs.
+    "write_through" runs the target's own attention layers over slots reserved for the block; it works everywhere."""
 
     orthrus_mask_token_id: int | None = Field(default=None, ge=0)
     """Filled in from the head: the token that stands for "not known yet" in a block."""
@@ -50,6 +63,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self._refuse_parallelism()
         head = self._find_head()
         self._fit_block(head)
+        if self.orthrus_attention == "auto":
+            self.orthrus_attention = "gather" if _gathers_well(self.target_model_config.dtype) else "write_through"
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
         self.draft_model_config = copy.copy(self.target_model_config)
@@ -87,7 +102,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 "The head shares the target's layers and is split as they are; leave it out."
             )
 
-    def _find_head(self) -> HeadCheckpoint:
+    def _find_head(self) -> HeadConfig:
         target = self.target_model_config
         base_config = target.hf_text_config
         if target.use_mla:
@@ -95,44 +110,61 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 f"{target.model} uses multi-head latent attention, which has no keys and values for an Orthrus head to "
                 "read. Use a Qwen3-class model."
             )
-        self.model = self.model or resolve_head(target.model)
-        if self.model is None:
+        source: str | None = self.model or resolve_head(target.model)
+        if source is None:
             raise ValueError(
                 f"no Orthrus head is known for {target.model}. Name one with speculative_config['model'] (a folder or "
                 "a repository), add it to the head map, or train one with `vllm-orthrus train`."
             )
-        revision = self.revision or (target.revision if self.model == target.model else None)
-        self.revision = revision
-        head = open_head(self.model, revision)
+        if source == target.model and self.revision is None:
+            self.revision = target.revision
+        self.model = source
+        if self.draft_load_config is not None and self.draft_load_config.load_format == "dummy":
+            # Random weights: of the head only its facts are needed.
+            return HeadConfig.from_json(json.loads((Path(source) / "config.json").read_text()), source)
+        head = open_head(source, self.revision, self.head_cache)
         for warning in head.config.check_fits(base_config, target.model):
             _logger().warning("%s", warning)
         head.check_complete()
-        return head
+        return head.config
 
-    def _fit_block(self, head: HeadCheckpoint) -> None:
-        trained = head.config.block_size
+    @property
+    def head_cache(self) -> str | None:
+        """Where downloaded heads go: vLLM's `--download-dir`."""
+        return self.draft_load_config.download_dir if self.draft_load_config is not None else None
+
+    def _fit_block(self, head: HeadConfig) -> None:
+        trained = head.block_size
         block = self.orthrus_block_size or trained
         if block > trained:
             raise ValueError(
                 f"orthrus_block_size={block} is wider than the head's block of {trained} rows. Give at most {trained}."
             )
         # Only the last row of a block of the trained width was never taught to predict.
-        most = head.config.num_drafts if block == trained else block
-        if self.num_speculative_tokens is None:
-            self.num_speculative_tokens = min(DEFAULT_DRAFTS, most)
-        if self.num_speculative_tokens > most:
+        most = head.num_drafts if block == trained else block
+        drafts: int = self.num_speculative_tokens or min(DEFAULT_DRAFTS, most)
+        if drafts > most:
             raise ValueError(
-                f"num_speculative_tokens={self.num_speculative_tokens} is more than the {most} drafts that a block of "
+                f"num_speculative_tokens={drafts} is more than the {most} drafts that a block of "
                 f"orthrus_block_size={block} rows gives with {self.model}. Give at most {most}."
             )
+        self.num_speculative_tokens = drafts
         self.orthrus_block_size = block
-        self.orthrus_mask_token_id = head.config.mask_token_id
+        self.orthrus_mask_token_id = head.mask_token_id
 
 
 def known_settings() -> list[str]:
     """The names that `speculative_config` may hold, ours last."""
     given_by_vllm = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
     return [field.name for field in fields(OrthrusSpeculativeConfig) if field.name not in given_by_vllm]
+
+
+def _gathers_well(dtype: torch.dtype) -> bool:
+    """Whether this is a CPU whose cache PyTorch can read: vLLM packs bfloat16 keys for AMX tiles, and for ARM."""
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    packed = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return bool(current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not packed)
 
 
 def _logger() -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_orthrus.attention import BlockAttention, CachedLayer, GatherAttention, Prefixes
+from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
@@ -29,12 +29,21 @@ from vllm_orthrus.integration.runner import (
     InputBatch,
     KVCacheConfig,
     VllmConfig,
+    async_tensor_h2d,
+    initialize_single_dummy_weight,
+    process_weights_after_loading,
     set_current_vllm_config,
+    set_default_torch_dtype,
     set_forward_context,
 )
 from vllm_orthrus.view import DiffusionView
+from vllm_orthrus.write_through import WriteThroughAttention
 
 logger = init_logger("vllm.orthrus")
+
+
+# A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it.
+MAX_GRAPH_ROWS = 2048
 
 
 class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
@@ -47,7 +56,10 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
     def _init_candidates(self) -> None:
         if not self.cudagraph_mode or not self.compilation_config.cudagraph_capture_sizes:
             return
-        counts = [n for n in (1, 2, 4, *range(8, self.max_num_reqs, 8)) if n < self.max_num_reqs]
+        scheduler = self.vllm_config.scheduler_config
+        at_once = min(self.max_num_reqs, scheduler.max_num_active_seqs or self.max_num_reqs)
+        largest = min(at_once, max(1, MAX_GRAPH_ROWS // self.decode_query_len))
+        counts = [count for count in (1, 2, 4, *range(8, largest, 8)) if count < largest]
         descriptors = [
             BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
@@ -55,7 +67,7 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
                 num_reqs=count,
                 uniform_token_count=self.decode_query_len,
             )
-            for count in (*counts, self.max_num_reqs)
+            for count in (*counts, largest)
         ]
         self._capture_descs[CUDAGraphMode.FULL] = descriptors[::-1]  # largest first, so that the pool is reused
         smallest = 0
@@ -93,22 +105,20 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         config = self.speculative_config
         model_config = self.vllm_config.model_config
         shape = BaseShape.from_config(model_config.hf_text_config)
-        from vllm.model_executor.model_loader.utils import process_weights_after_loading
-        from vllm.utils.torch_utils import set_default_torch_dtype
-
         with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(self.dtype), self.device:
             view = DiffusionView(shape, target_model)
         if self.vllm_config.load_config.load_format == "dummy":
-            from vllm.model_executor.model_loader.weight_utils import initialize_dummy_weights
-
-            initialize_dummy_weights(view, model_config)
+            for parameter in view.parameters():
+                initialize_single_dummy_weight(parameter)
         else:
-            head = open_head(config.model, config.revision, self.vllm_config.load_config.download_dir)
+            head = open_head(config.model, config.revision, config.head_cache)
             view.load_weights(head.tensors())
+        size = sum(parameter.nbytes for parameter in view.parameters())
         # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
         process_weights_after_loading(view, model_config, self.device)
-        size = sum(parameter.nbytes for parameter in view.parameters())
-        logger.info("Orthrus head %s: %.2f GiB on this rank, everything else is the target's.", config.model, size / 2**30)
+        logger.info(
+            "Orthrus head %s: %.2f GiB on this rank; everything else is the target's.", config.model, size / 2**30
+        )
         return view.eval()
 
     def set_attn(
@@ -126,12 +136,20 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         group_of = {
             name: group for group, spec in enumerate(kv_cache_config.kv_cache_groups) for name in spec.layer_names
         }
-        self.attention = GatherAttention(
-            [
-                CachedLayer(attn, group_of[attn.layer_name], block_tables.block_sizes[group_of[attn.layer_name]])
-                for attn in (layer.self_attn.attn for layer in self.model.target.model.layers)
-            ]
-        )
+        layers = [
+            CachedLayer(attn, group_of[attn.layer_name], block_tables.block_sizes[group_of[attn.layer_name]])
+            for attn in self._target_attention()
+        ]
+        if self.speculative_config.orthrus_attention == "gather":
+            self.attention = GatherAttention(layers)
+        else:
+            path = WriteThroughAttention(
+                layers, self.vllm_config, kv_cache_config, self.max_num_reqs, self.block, self.device
+            )
+            self.attention, self.attn_groups = path, path.groups
+
+    def _target_attention(self) -> list[Any]:
+        return [layer.self_attn.attn for layer in self.model.target.model.layers]
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         assert self.attention is not None
@@ -140,13 +158,17 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.graphs = BlockGraphs(self.vllm_config, self.device, mode, decode_query_len=self.block)
 
     def capture(self) -> None:
-        assert self.graphs is not None
+        assert self.graphs is not None and self.attention is not None
+        attention = self.attention
         self._clear_rows(0)
 
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            return lambda mode: self._draft(descriptor.num_reqs, longest=self.max_model_len)
+            context = attention.begin(self._blocks(descriptor.num_reqs, self.max_model_len), capturing=True)
+            return lambda mode: self._draft(descriptor.num_reqs, attention, context)
 
         self.graphs.capture(prepare, "Capturing Orthrus drafts")
+        captured = sorted(descriptor.num_reqs for descriptor in self.graphs.graphs)
+        logger.info("Orthrus drafts have CUDA graphs for these numbers of requests: %s; others run eagerly.", captured)
 
     # One step
 
@@ -172,7 +194,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         num_reqs = input_batch.num_reqs
-        drafts = self.draft_tokens[:num_reqs]  # [num_reqs, K]
+        drafts: torch.Tensor = self.draft_tokens[:num_reqs]  # [num_reqs, K]
         if num_speculative_tokens == 0:
             return drafts
         self.temperature.copy_(temperature)
@@ -186,7 +208,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         drafting = _past_prompt(input_batch)
         if len(drafting) == 0:
             return drafts
-        rows = torch.from_numpy(drafting).to(self.device, non_blocking=True)  # [n], rows of the batch
+        rows = async_tensor_h2d(drafting, self.device)  # [n], rows of the batch
         self._prepare_blocks(rows, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self._run(len(drafting), longest, eager=False)
@@ -231,20 +253,30 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             blocks[first:] = 0
 
     def _run(self, num_reqs: int, longest: int, eager: bool) -> None:
+        if self.attention is None:  # the profile run comes before there is a cache: blocks see only themselves
+            cacheless = GatherAttention([CachedLayer(attn, 0, 1) for attn in self._target_attention()])
+            self._draft(num_reqs, cacheless, cacheless.begin(self._blocks(num_reqs, 0)))
+            return
         if self.graphs is not None and not eager:
-            descriptor = self.graphs.dispatch(num_reqs, num_reqs * self.block, self.block, num_active_loras=0)
-            if descriptor.cg_mode == CUDAGraphMode.FULL:
-                self.graphs.run_fullgraph(descriptor)
+            graph = self.graphs.dispatch(num_reqs, num_reqs * self.block, self.block, num_active_loras=0)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                self.attention.begin(self._blocks(graph.num_reqs, longest))
+                self.graphs.run_fullgraph(graph)
                 return
-        self._draft(num_reqs, longest)
+        self._draft(num_reqs, self.attention, self.attention.begin(self._blocks(num_reqs, longest)))
 
-    def _draft(self, num_reqs: int, longest: int) -> None:
+    def _blocks(self, num_reqs: int, longest: int) -> Blocks:
+        tables = [blocks[:num_reqs] for blocks in self.prefix_blocks]
+        return Blocks(self.positions[:num_reqs], self.prefix_lengths[:num_reqs], tables, longest)
+
+    def _draft(self, num_reqs: int, attention: BlockAttention, context: ForwardInputs) -> None:
         """The draft pass itself, on buffers only: this is what a CUDA graph captures."""
-        attention = self.attention or GatherAttention(self._cacheless_layers())
-        attention.begin(
-            Prefixes(self.prefix_lengths[:num_reqs], [blocks[:num_reqs] for blocks in self.prefix_blocks], longest)
-        )
-        with set_forward_context(None, self.vllm_config, num_tokens=num_reqs * self.block):
+        with set_forward_context(
+            context.attn_metadata,
+            self.vllm_config,
+            num_tokens=num_reqs * self.block,
+            slot_mapping=context.slot_mapping,
+        ):
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
         hidden = hidden.view(num_reqs, self.block, -1)[:, : self.num_speculative_steps]  # [num_reqs, K, hidden]
         sampled = self.sample_draft(
@@ -257,10 +289,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self.draft_logits,
         )
         self.drafts[:num_reqs] = sampled.view(num_reqs, -1)
-
-    def _cacheless_layers(self) -> list[CachedLayer]:
-        """The profile run comes before there is any cache: blocks then see only themselves."""
-        return [CachedLayer(layer.self_attn.attn, 0, 1) for layer in self.model.target.model.layers]
 
 
 def _past_prompt(batch: InputBatch) -> np.ndarray[Any, Any]:

@@ -58,12 +58,16 @@ class DiffusionView(nn.Module):
 
     def __init__(self, shape: BaseShape, target: Any) -> None:
         super().__init__()
-        object.__setattr__(self, "target", target)
+        self._target = (target,)  # a tuple is no submodule
         self.shape = shape
         self.layers = nn.ModuleList(
             DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}")
             for index, layer in enumerate(target.model.layers)
         )
+
+    @property
+    def target(self) -> Any:
+        return self._target[0]
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: BlockAttention) -> torch.Tensor:
         """input_ids and positions [rows]; returns the final hidden states [rows, hidden]."""
@@ -94,7 +98,8 @@ class DiffusionView(nn.Module):
             missing.remove(name)
             # model.layers.3.self_attn.k_proj_diff.weight -> layer 3, k_proj, weight
             _, _, layer, _, part, kind = name.replace("_diff.", ".").split(".")
-            attention, module, shard = self.layers[int(layer)], part, ()
+            attention, module = self.layers[int(layer)], part
+            shard: tuple[str, ...] = ()
             if part in ("q_proj", "k_proj", "v_proj"):
                 module, shard = "qkv_proj", (part[0],)
             parameter = getattr(getattr(attention, module), kind)

@@ -88,7 +88,7 @@ def write_head(folder: Path, block_size: int, noise: float = 0.0) -> Path:
 
 
 def write_merged(folder: Path, block_size: int) -> Path:
-    """As the published ones are: base and head in one checkpoint with remote code, head tensors in a shard of their own."""
+    """As published: base and head in one checkpoint with remote code; here the head has a shard of its own."""
     folder.mkdir(parents=True)
     merged = CONFIG | {
         "architectures": ["OrthrusLM"],
@@ -104,3 +104,15 @@ def write_merged(folder: Path, block_size: int) -> Path:
     index = {"metadata": {}, "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token per byte, for features that need to know what tokens spell."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1]).save_pretrained(folder)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.engine import checkpoints
 import pytest
+
+from tests.engine import checkpoints
 from tests.engine.harness import Engine
 
 StartEngine = Callable[..., Engine]
@@ -24,13 +25,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
+@pytest.fixture(scope="session", params=["gather", "write_through"])
+def path(request: pytest.FixtureRequest) -> str:
+    """How a block reads the cache."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def oracle_config(tiny: Checkpoints) -> dict[str, Any]:
+def oracle_config(tiny: Checkpoints, path: str) -> dict[str, Any]:
     """One row per block, one draft, head = copy of the base: the diffusion view *is* the autoregressive one.
 
     So every draft must be accepted, and a wrong slot, position, prefix length or layout shows as one that is not.
     """
-    return {"method": "orthrus", "model": str(tiny.copy_head), "num_speculative_tokens": 1}
+    return {
+        "method": "orthrus",
+        "model": str(tiny.copy_head),
+        "num_speculative_tokens": 1,
+        "orthrus_attention": path,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from tests.engine.conftest import StartEngine
 from tests.engine.harness import Engine, Run, prompts
 
@@ -66,6 +67,18 @@ def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any])
     drafted = engine.run(prompts(6), 40, temperature=0.9, seed=3)
     assert all_accepted(drafted)
     assert engine.run(prompts(6), 40, temperature=0.9, seed=3).tokens == drafted.tokens, "seeds do not reproduce"
+
+
+def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: dict[str, Any]) -> None:
+    """All of the prompt but its last token comes from the cache, so that its prefill looks like a decoding step."""
+    engine = start(oracle_config | {"draft_sample_method": "probabilistic"}, enable_prefix_caching=True)
+    given = [[(3 * j + i) % 250 for j in range(2 * 32 + 1)] for i in range(4)]
+    first = engine.run(given, 12, temperature=0.9, seed=7)
+    again = engine.run(given, 12, temperature=0.9, seed=7)
+    assert again.cached_tokens == 4 * 64
+    assert all_accepted(first)
+    assert all_accepted(again)
+    assert again.tokens == first.tokens
 
 
 def test_asynchronous_scheduling(

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, Run, prompts
-
 from vllm_orthrus.speculator import OrthrusSpeculator
 from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.view import DiffusionAttention
@@ -38,7 +38,7 @@ class Recorder:
         for row, states in enumerate(rows):
             request = by_slot.get(int(speculator.slots[row, 0]))
             if request is not None:
-                prefix, anchor = int(speculator.prefix_lengths[row]), int(speculator.input_ids[row, 0])
+                prefix, anchor = int(speculator.positions[row, 0]), int(speculator.input_ids[row, 0])
                 self.passes.append(DraftPass(request, prefix, anchor, states.clone()))
 
     def __enter__(self) -> "Recorder":
@@ -79,9 +79,10 @@ def reference(tiny: Checkpoints) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def drafting(start: StartEngine, tiny: Checkpoints) -> Engine:
+def drafting(start: StartEngine, tiny: Checkpoints, path: str) -> Engine:
     """Blocks of eight rows from a head that drafts badly, so that most drafts are rejected."""
-    return start({"method": "orthrus", "model": str(tiny.block_head), "num_speculative_tokens": 5})
+    settings = {"model": str(tiny.block_head), "num_speculative_tokens": 5, "orthrus_attention": path}
+    return start({"method": "orthrus"} | settings)
 
 
 @torch.inference_mode()
@@ -107,7 +108,6 @@ def test_tokens_per_cycle_equal_the_reference(drafting: Engine, reference: Refer
     run = drafting.run(given, 32)
     expected = reference.generate(given, 32, num_drafts=5, width=8, drafting="greedy")
     assert run.tokens == [generation.tokens for generation in expected]
-    # vLLM's count leaves out drafts it did not schedule at a request's end, so compare the longest common run.
     cycles = sum(len(generation.cycles) for generation in expected)
     assert run.counts.steps == cycles
 
@@ -185,9 +185,7 @@ def test_acceptance_notices(fault: str, oracle: Engine, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("fault", ["rejections ignored", *list(FAULTS)[:-1]])
-def test_reference_notices(
-    fault: str, drafting: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_notices(fault: str, drafting: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         (FAULTS | {"rejections ignored": _rejections_ignored})[fault](patch)
         assert not matches_reference(drafting, reference)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
 
+from vllm_orthrus.integration import cpu
 from vllm_orthrus.integration.registry import Patch, literals, names, takes
 from vllm_orthrus.integration.versions import vllm_is
 
@@ -39,12 +40,16 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             )
         if self.enable_lora:
             raise ValueError(
-                "enable_lora=True is not supported with method 'orthrus' yet: drafts would pass through adapters mapped "
-                "to other tokens. Serve without LoRA, or without speculation."
+                "enable_lora=True is not supported with method 'orthrus' yet: drafts would pass through adapters "
+                "mapped to other tokens. Serve without LoRA, or without speculation."
             )
-        return OrthrusSpeculativeConfig(
+        # The head is looked up when the config is built, where vLLM has not said yet how the target is to be loaded.
+        settings.setdefault("draft_load_config", self.create_load_config())
+        built = OrthrusSpeculativeConfig(
             **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
         )
+        cpu.prepare_engine(target_parallel_config.tensor_parallel_size)
+        return built
 
     return create_speculative_config
 

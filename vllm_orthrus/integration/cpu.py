@@ -47,15 +47,18 @@ def enable_interpreter() -> None:
     _enabled = True
 
 
-def prepare_workers(tensor_parallel_size: int) -> None:
-    """Set what spawned workers must find in their environment.
+def prepare_engine(tensor_parallel_size: int) -> None:
+    """Say what is about to happen, and set what spawned workers must find in their environment."""
+    if not _enabled:
+        return
+    from vllm.logger import init_logger
 
-    With several ranks, vLLM's vocabulary-parallel embedding runs a
-    ``torch.compile``d helper even in eager mode, and Dynamo refuses to trace
-    beside an interpreted Triton.
-    """
-    if _enabled and tensor_parallel_size > 1:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    init_logger("vllm.orthrus").info_once(
+        "No accelerator and no CPU compiler for Triton: Model Runner V2 runs its kernels through Triton's "
+        "interpreter. Results are exact; speed is for tests and demonstrations only."
+    )
+    if tensor_parallel_size > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _is_cpu_build() -> bool:

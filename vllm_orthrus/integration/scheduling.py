@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 from vllm_orthrus.integration.config import METHOD
-from vllm_orthrus.integration.registry import Patch, takes
+from vllm_orthrus.integration.registry import Patch, is_property, takes
 
 
 def _set_max_num_scheduled_tokens(original: Callable[..., None]) -> Callable[..., None]:
@@ -40,6 +40,17 @@ def _set_max_num_scheduled_tokens(original: Callable[..., None]) -> Callable[...
     return _set_max_num_scheduled_tokens
 
 
+def _num_lookahead_tokens(original: property) -> property:
+    @wraps(original.fget)  # type: ignore[arg-type]
+    def num_lookahead_tokens(self: Any) -> int:
+        spec = self.speculative_config
+        if spec is not None and spec.method == METHOD:
+            return spec.orthrus_block_size if spec.orthrus_attention == "write_through" else 0
+        return int(original.fget(self))  # type: ignore[misc]
+
+    return property(num_lookahead_tokens)
+
+
 PATCHES = [
     Patch(
         target="vllm.config.vllm:VllmConfig._set_max_num_scheduled_tokens",
@@ -49,5 +60,13 @@ PATCHES = [
         remove_when="a speculator can state its query rows per request to the scheduler config",
         check=takes("self"),
         replace=_set_max_num_scheduled_tokens,
+    ),
+    Patch(
+        target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
+        why="Writing a block through the cache needs that many slots reserved behind each request.",
+        upstream="vLLM reserves them for its own block drafters in this very property",
+        remove_when="a speculator can state how many slots it writes ahead",
+        check=is_property,
+        replace=_num_lookahead_tokens,
     ),
 ]

@@ -1,0 +1,61 @@
+"""Triton's interpreter as vLLM's CPU backend."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from vllm_orthrus.integration.cpu import interpreter_enabled
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles its kernels")
+
+
+@triton.jit
+def _halves(out, size, flag, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offset = tl.arange(0, BLOCK)
+    total = tl.sum(tl.where(offset < size, offset, 0), axis=0)  # a function of Triton's own library
+    tl.store(out + offset, total, mask=(offset < size) & (flag > 0))
+
+
+def test_kernels_are_interpreted() -> None:
+    """Also those decorated in this process after PyTorch had imported Triton, and a mask of `block & scalar`."""
+    assert interpreter_enabled()
+    out = torch.full((8,), -1)
+    _halves[(1,)](out, 5, 1, BLOCK=8)
+    assert out.tolist() == [10] * 5 + [-1] * 3
+
+
+def _child(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_found_in_every_new_process_without_settings() -> None:
+    code = (
+        "import os; [os.environ.pop(name, None) for name in ('TRITON_INTERPRET', 'VLLM_USE_V2_MODEL_RUNNER')]\n"
+        "import vllm.triton_utils as t; print(t.HAS_TRITON)"
+    )
+    assert _child(code) == "True"
+
+
+def test_a_real_cpu_compiler_is_left_alone() -> None:
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "from triton.backends import backends; backends['cpu'] = real = backends['nvidia']\n"
+        "from vllm_orthrus.integration import cpu; cpu.enable_interpreter()\n"
+        "print(backends['cpu'] is real, cpu.interpreter_enabled(), 'TRITON_INTERPRET' in os.environ)"
+    )
+    assert _child(code) == "True False False"
+
+
+def test_other_builds_of_vllm_are_left_alone() -> None:
+    code = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "from vllm_orthrus.integration import cpu; cpu.version = lambda name: '0.33.0'; cpu.enable_interpreter()\n"
+        "print(cpu.interpreter_enabled(), 'TRITON_INTERPRET' in os.environ)"
+    )
+    assert _child(code) == "False False"
