@@ -185,7 +185,7 @@ def test_bad_heads_are_refused(tmp_path: Path) -> None:
     base, _ = saved(tmp_path)
     with pytest.raises(HeadError, match="holds no `_diff` tensors"):
         open_head(base)
-    with pytest.raises(HeadError, match="has no config.json"):
+    with pytest.raises(HeadError, match=r"has no config\.json"):
         (tmp_path / "empty").mkdir()
         open_head(tmp_path / "empty")
     with pytest.raises(HeadError, match="mask_token_id=151936 has no embedding row"):

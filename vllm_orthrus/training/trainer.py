@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -20,9 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_orthrus.heads import HeadConfig, open_head, save_head
+from vllm_orthrus.heads import save_head
 from vllm_orthrus.training import checkpoints
 from vllm_orthrus.training.blocks import anchor_places, draw_anchors, make_blocks
 from vllm_orthrus.training.checkpoints import Progress
@@ -32,52 +29,12 @@ from vllm_orthrus.training.evaluate import Acceptance, Setting, evaluate, first_
 from vllm_orthrus.training.kl import cross_entropy, forward_kl
 from vllm_orthrus.training.metrics import MetricsLog, RowAgreement
 from vllm_orthrus.training.packing import PackedRows, prepare_rows
-from vllm_orthrus.training.reference import Reference, load_base
+from vllm_orthrus.training.parts import load_parts
+from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.training.schedule import learning_rate, rows_of_step, seeded, total_steps
-from vllm_orthrus.training.views import DiffusionHead, published_name
-
-logger = logging.getLogger(__name__)
+from vllm_orthrus.training.views import published_name
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-class Parts(NamedTuple):
-    """What a run is made of, loaded and checked against each other."""
-
-    tokenizer: PreTrainedTokenizerBase
-    base: PreTrainedModel
-    head: DiffusionHead
-    head_config: HeadConfig
-
-
-def load_parts(config: TrainConfig, device: torch.device, sharded: bool = False) -> Parts:
-    tokenizer = AutoTokenizer.from_pretrained(config.base, revision=config.revision, trust_remote_code=False)
-    # A frozen base needs no fp32 copy, unless its shards must share one dtype with the head's.
-    dtype = torch.bfloat16 if config.run.precision == "bf16" and not sharded else torch.float32
-    base = load_base(config.base, dtype, config.revision).to(device)
-    base_config = base.config.to_dict()
-    mask = config.head.mask_token_id
-    mask = choose_mask_token(tokenizer, base_config["vocab_size"]) if mask is None else mask
-    head_config = HeadConfig.for_base(base_config, config.head.block_size, mask, config.base, config.revision)
-    head = DiffusionHead(base.model.layers)
-    if config.head.initial is not None:
-        initial = open_head(config.head.initial)
-        initial.config.check_fits(base.config, config.base)
-        initial.check_complete()
-        head.load_published(dict(initial.tensors()))
-    return Parts(tokenizer, base, head.to(device), head_config)
-
-
-def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """The tokenizer's own mask token, else the first spare row of the embedding."""
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    if len(tokenizer) < vocab_size:
-        return len(tokenizer)
-    raise ConfigError(
-        f"head.mask_token_id is not set, the tokenizer has no mask token, and its {len(tokenizer)} tokens leave no "
-        f"spare row in the vocabulary of {vocab_size}. Set head.mask_token_id to a token that never occurs in text."
-    )
 
 
 class Trainer:
@@ -95,7 +52,6 @@ class Trainer:
                 "evaluation.prompts cannot be used with FSDP: decoding calls parts of layers, which sharding does not "
                 "allow. Unset it, and measure checkpoints with `vllm-orthrus head verify`."
             )
-        set_seed(config.seed)
         self.tokenizer, self.base, self.head, self.head_config = load_parts(config, self.device, self.sharded)
         held_out = config.evaluation.prompts
         self.prompts = read_prompts(Path(held_out), self.tokenizer) if held_out is not None else []
