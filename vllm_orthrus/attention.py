@@ -61,6 +61,12 @@ class GatherAttention(BlockAttention):
 
     def __init__(self, layers: list[CachedLayer]) -> None:
         self.layers = layers
+        quantized = {layer.attn.kv_cache_dtype for layer in layers} - {"auto", "float16", "bfloat16", "float32"}
+        if quantized:
+            raise ValueError(
+                f"orthrus_attention='gather' cannot read a cache of kv_cache_dtype={quantized.pop()!r}. "
+                "Set orthrus_attention to 'write_through', or leave kv_cache_dtype at 'auto'."
+            )
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         self._blocks = blocks
@@ -78,25 +84,24 @@ class GatherAttention(BlockAttention):
         queries, keys, values = by_request(q), by_request(k), by_request(v)
         mask = None
         if self._blocks.longest and attn.kv_cache.numel():
-            prefix_keys, prefix_values = self._gather(self.layers[layer], k.dtype)
+            prefix_keys, prefix_values = self._gather(self.layers[layer])
             mask = self._mask(prefix_keys.shape[2], keys.shape[2])
             keys = torch.cat([prefix_keys, keys], dim=2)
             values = torch.cat([prefix_values, values], dim=2)
         out = scaled_dot_product_attention(queries, keys, values, mask, scale=attn.impl.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(q.shape)
 
-    def _gather(self, layer: CachedLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, layer: CachedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `longest` positions, rounded up to pages: [num_reqs, kv_heads, length, dim]."""
         keys, values = cached_keys_values(layer.attn)  # [num_pages, kv_heads, page, dim]
         pages = self._page_table(layer, keys.shape[2])
         num_reqs, num_pages = pages.shape
 
-        def gather(cached: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        def gather(cached: torch.Tensor) -> torch.Tensor:
             picked = cached[pages].transpose(1, 2)  # [num_reqs, kv_heads, pages, page, dim]
-            picked = picked.reshape(num_reqs, cached.shape[1], num_pages * cached.shape[2], cached.shape[3])
-            return picked if cached.dtype == dtype else picked.to(dtype) * scale
+            return picked.reshape(num_reqs, cached.shape[1], num_pages * cached.shape[2], cached.shape[3])
 
-        return gather(keys, layer.attn._k_scale), gather(values, layer.attn._v_scale)
+        return gather(keys), gather(values)
 
     def _page_table(self, layer: CachedLayer, page: int) -> torch.Tensor:
         """The pages that hold each prefix [num_reqs, pages]: the manager's blocks, split as this cache splits them."""

@@ -117,7 +117,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
         process_weights_after_loading(view, model_config, self.device)
         logger.info(
-            "Orthrus head %s: %.2f GiB on this rank; everything else is the target's.", config.model, size / 2**30
+            "Orthrus head %s: %.2f GiB on this rank, everything else is the target's. "
+            "Blocks of %d rows give %d drafts; the cache is read by '%s'.",
+            config.model,
+            size / 2**30,
+            self.block,
+            self.num_speculative_steps,
+            config.orthrus_attention,
         )
         return view.eval()
 

@@ -70,14 +70,17 @@ def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any])
 
 
 def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: dict[str, Any]) -> None:
-    """All of the prompt but its last token comes from the cache, so that its prefill looks like a decoding step."""
+    """All of the prompt but its last token comes from the cache, so that its prefill looks like a decoding step.
+
+    vLLM then pads it with placeholder drafts, which it counts as drafted and which no sampler may accept.
+    """
     engine = start(oracle_config | {"draft_sample_method": "probabilistic"}, enable_prefix_caching=True)
     given = [[(3 * j + i) % 250 for j in range(2 * 32 + 1)] for i in range(4)]
     first = engine.run(given, 12, temperature=0.9, seed=7)
     again = engine.run(given, 12, temperature=0.9, seed=7)
     assert again.cached_tokens == 4 * 64
     assert all_accepted(first)
-    assert all_accepted(again)
+    assert again.counts.drafted - again.counts.accepted == len(given)
     assert again.tokens == first.tokens
 
 

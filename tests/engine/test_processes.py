@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
+from tests.engine.checkpoints import write_tokenizer
 from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
 
@@ -62,14 +64,6 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=120) as answer:
             return str(answer.read().decode())
 
-    def complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 24, "ignore_eos": True} | options
-        request = urllib.request.Request(
-            self.url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return dict(json.load(answer))
-
     def counter(self, name: str) -> float:
         metric = f"vllm:spec_decode_{name}_total"
         lines = [line for line in self.get("/metrics").splitlines() if line.startswith(metric)]
@@ -80,13 +74,14 @@ class Server:
 def server(
     tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    write_tokenizer(tiny.base)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny.base), "--port", str(port)),
-        *("--served-model-name", "tiny", "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "256"),
+        *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256"),
         *("--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(32 << 20)),
         *("--speculative-config", json.dumps(oracle_config)),
     ]
@@ -110,11 +105,19 @@ def server(
 
 
 def test_server_and_metrics(server: Server) -> None:
-    answers = [server.complete(prompt, return_token_ids=True, detokenize=False) for prompt in prompts(3)]
-    assert all(answer["usage"]["completion_tokens"] == 24 for answer in answers)
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+
+    def complete(prompt: list[int], stream: bool) -> Any:
+        return client.completions.create(
+            model="tiny", prompt=prompt, temperature=0, max_tokens=24, stream=stream, extra_body={"ignore_eos": True}
+        )
+
+    whole = [complete(prompt, stream=False) for prompt in prompts(3)]
+    assert all(answer.usage.completion_tokens == 24 for answer in whole)
     drafted, accepted = server.counter("num_draft_tokens"), server.counter("num_accepted_tokens")
-    assert 0 < drafted == accepted
-    # Two tokens a step, of which the first comes from the prompt.
-    assert drafted == 3 * 12
-    server.complete(prompts(4)[3])
-    assert server.counter("num_draft_tokens") > drafted
+    # The prompt gives the first token; of the other 23 each step gives two.
+    assert drafted == accepted == 3 * 12
+    assert server.counter("num_drafts") == 3 * 12
+    streamed = ["".join(part.choices[0].text for part in complete(prompt, stream=True)) for prompt in prompts(3)]
+    assert streamed == [answer.choices[0].text for answer in whole]
+    assert server.counter("num_draft_tokens") == 2 * drafted
