@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vllm_orthrus.heads import (
     WEIGHTS,
@@ -22,6 +21,7 @@ from vllm_orthrus.heads import (
     is_head_tensor,
     save_head,
     write_json,
+    write_tensors,
 )
 
 HEAD_SHARD = "model-diff.safetensors"
@@ -62,7 +62,7 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
         if file.is_file() and file.name not in ("config.json", WEIGHTS_INDEX):
             _link_or_copy(file, folder / file.name)
     tensors = dict(checkpoint.tensors())
-    save_file(tensors, folder / HEAD_SHARD, metadata={"format": "pt"})
+    write_tensors(folder / HEAD_SHARD, tensors)
     shard_of |= dict.fromkeys(tensors, HEAD_SHARD)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})

@@ -419,12 +419,19 @@ def save_head(folder: Path, tensors: Mapping[str, torch.Tensor], config: HeadCon
     check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.shape, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(iter(tensors.values())).dtype
-    unfinished = folder / (WEIGHTS + ".tmp")
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"}
-    )
-    unfinished.replace(folder / WEIGHTS)
     write_json(folder / "config.json", config.to_json(dtype))
+    write_tensors(folder / WEIGHTS, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file whole or not at all, readable to whom any new file here is readable."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(mode)  # safetensors makes files that only their owner can read; servers often run as another user
+    unfinished.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

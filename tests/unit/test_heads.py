@@ -70,6 +70,8 @@ def test_save_and_open(tmp_path: Path, shape: str) -> None:
     opened = open_head(head)
     opened.check_complete()
     assert opened.layout == "head-only"
+    weights, config = ((head / name).stat().st_mode for name in ("model.safetensors", "config.json"))
+    assert weights == config, "a server that runs as another user must be able to read the weights"
     assert opened.config.base.name == "test/base" and opened.config.base.revision == "v1"
     assert (opened.config.block_size, opened.config.mask_token_id, opened.config.num_drafts) == (8, 127, 7)
     assert opened.config.check_fits(json.loads((base / "config.json").read_text()), "base") == []

@@ -146,8 +146,10 @@ def test_evaluation_measures_real_tokens_per_cycle(settings: dict[str, Any], wri
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_train_as_one(settings: dict[str, Any], tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     """Data-parallel training takes the same steps as one process, up to the order of summation."""
+    held_out = write_jsonl(*({"class": kind, "prompt": f"Count from {kind}."} for kind in "abc"), name="held.jsonl")
+    settings["evaluation"] = {"prompts": str(held_out), "max_new_tokens": 8}
     alone = configure(settings)
     Trainer(alone).run()
     path = tmp_path / "train.yaml"
@@ -180,6 +182,9 @@ def test_two_processes_train_as_one(settings: dict[str, Any], tmp_path: Path) ->
     expected, found = (load_file(folder / "head" / "model.safetensors") for folder in (alone.output, tmp_path / "two"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=2e-3)
+    measured = [line["tokens_per_cycle"] for line in metrics(configure(settings, output=str(tmp_path / "two")))
+                if "tokens_per_cycle" in line]  # fmt: skip
+    assert [set(line) for line in measured] == [{"a", "b", "c", "all"}], "each process decodes a share, once"
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_orthrus.heads import open_head
-    from vllm_orthrus.training.evaluate import Setting, evaluate, first_per_class, read_prompts, table
+    from vllm_orthrus.training.evaluate import Setting, decode, first_per_class, read_prompts, summarise, table
     from vllm_orthrus.training.reference import Reference
 
     head = open_head(options.head, options.revision)
@@ -122,7 +122,8 @@ def run_verify(options: argparse.Namespace) -> int:
     reference = Reference.from_pretrained(options.base, options.head, dtype, options.device, options.revision)
     setting = Setting(options.max_new_tokens, options.temperature, options.drafts, options.width, seed=options.seed)
     started = time.monotonic()
-    results = evaluate(reference, prompts, [tokenizer.eos_token_id], setting, show_progress=True)
+    generations = decode(reference, prompts, [tokenizer.eos_token_id], setting, show_progress=True)
+    results = summarise(prompts, generations)
     width = setting.width or head.config.block_size
     drafts = setting.num_drafts or min(width, head.config.num_drafts)
     print(f"\nT={setting.temperature}, block of {width}, {drafts} drafts, {time.monotonic() - started:.0f} s")

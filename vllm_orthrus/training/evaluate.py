@@ -76,17 +76,16 @@ def first_per_class(prompts: Sequence[Prompt], count: int | None) -> list[Prompt
     return chosen
 
 
-def evaluate(
+def decode(
     reference: Reference,
     prompts: Sequence[Prompt],
     stop: Sequence[int],
-    setting: Setting | None = None,
+    setting: Setting,
     show_progress: bool = False,
-) -> dict[str, Acceptance]:
-    """Decode every prompt; results by class, and under `all` for the whole set where there are several classes."""
-    setting = setting or Setting()
+) -> list[Generation]:
+    """Run the two-pass loop on every prompt; results in the order of the prompts."""
     generator = torch.Generator(reference.device).manual_seed(setting.seed)
-    # Prompts of like length together: the batch decodes until its slowest member has ended.
+    # Prompts of like length together, which wastes little of the prefill.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].tokens))
     done: dict[int, Generation] = {}
     for start in tqdm(range(0, len(order), setting.batch), "decoding held-out prompts", disable=not show_progress):
@@ -102,14 +101,20 @@ def evaluate(
             generator,
         )
         done.update(zip(part, results, strict=True))
-    kinds = dict.fromkeys(prompt.kind for prompt in prompts)
-    by_kind = {kind: [done[i] for i, prompt in enumerate(prompts) if prompt.kind == kind] for kind in kinds}
+    return [done[index] for index in range(len(prompts))]
+
+
+def summarise(prompts: Sequence[Prompt], generations: Sequence[Generation]) -> dict[str, Acceptance]:
+    """Results by class, and under `all` for the whole set where there are several classes."""
+    by_kind: dict[str, list[Generation]] = {}
+    for prompt, generation in zip(prompts, generations, strict=True):
+        by_kind.setdefault(prompt.kind, []).append(generation)
     if len(by_kind) > 1:
-        by_kind["all"] = list(done.values())
-    return {kind: _summarise(generations) for kind, generations in by_kind.items()}
+        by_kind["all"] = list(generations)
+    return {kind: _acceptance(found) for kind, found in by_kind.items()}
 
 
-def _summarise(generations: list[Generation]) -> Acceptance:
+def _acceptance(generations: list[Generation]) -> Acceptance:
     drafted = [generation for generation in generations if generation.cycles]  # a one-token answer needs no cycle
     return Acceptance(
         len(generations),

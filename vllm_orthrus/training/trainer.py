@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,7 +27,7 @@ from vllm_orthrus.training.blocks import anchor_places, draw_anchors, make_block
 from vllm_orthrus.training.checkpoints import Progress
 from vllm_orthrus.training.config import ConfigError, TrainConfig
 from vllm_orthrus.training.dual_view import DualViewModel
-from vllm_orthrus.training.evaluate import Acceptance, Setting, evaluate, first_per_class, read_prompts, table
+from vllm_orthrus.training.evaluate import Acceptance, Setting, decode, first_per_class, read_prompts, summarise, table
 from vllm_orthrus.training.kl import cross_entropy, forward_kl
 from vllm_orthrus.training.metrics import MetricsLog, RowAgreement
 from vllm_orthrus.training.packing import PackedRows, prepare_rows
@@ -245,23 +247,26 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _evaluate(self, per_class: int | None) -> dict[str, Acceptance]:
-        results: dict[str, Acceptance] = {}
-        if self.prompts and self.main:
+        """Decode held-out prompts, every process its share of them, and log tokens per cycle."""
+        if not self.prompts:
+            return {}
+        prompts, processes = first_per_class(self.prompts, per_class), self.accelerator.num_processes
+        shares = [prompts[rank::processes] for rank in range(processes)]
+        settings = self.config.evaluation
+        mine = decode(
             # A copy in the base's dtype: decoding needs neither fp32 masters nor autocast.
-            head = copy.deepcopy(self.head).to(self.base.dtype)
-            results = evaluate(
-                Reference(self.base, head, self.head_config),
-                first_per_class(self.prompts, per_class),
-                [self.tokenizer.eos_token_id],
-                Setting(max_new_tokens=self.config.evaluation.max_new_tokens, batch=self.config.evaluation.batch),
-                show_progress=per_class is None,
-            )
-            if self.metrics is not None:
-                measured = {kind: result.tokens_per_cycle for kind, result in results.items()}
-                self.metrics.write(step=self.progress.step, tokens_per_cycle=measured)
-                summary = ", ".join(f"{kind} {value:.2f}" for kind, value in measured.items())
-                tqdm.write(f"step {self.progress.step}: tokens per cycle: {summary}")
-        self.accelerator.wait_for_everyone()
+            Reference(self.base, copy.deepcopy(self.head).to(self.base.dtype), self.head_config),
+            shares[self.accelerator.process_index],
+            [self.tokenizer.eos_token_id],
+            Setting(max_new_tokens=settings.max_new_tokens, batch=settings.batch),
+            show_progress=self.main and per_class is None,
+        )
+        results = summarise(list(chain(*shares)), gather_object(mine))
+        if self.metrics is not None:
+            measured = {kind: result.tokens_per_cycle for kind, result in results.items()}
+            self.metrics.write(step=self.progress.step, tokens_per_cycle=measured)
+            summary = ", ".join(f"{kind} {value:.2f}" for kind, value in measured.items())
+            tqdm.write(f"step {self.progress.step}: tokens per cycle: {summary}")
         return results
 
     def _finish(self) -> Path:
@@ -271,7 +276,7 @@ class Trainer:
             dtype = torch.bfloat16 if self.config.head.dtype == "bf16" else torch.float32
             save_head(target, {name: tensor.to(dtype) for name, tensor in weights.items()}, self.head_config)
         results = self._evaluate(None)
-        if results:
+        if results and self.main:
             tqdm.write(table(results))
         self.accelerator.end_training()
         return target

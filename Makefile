@@ -1,0 +1,40 @@
+# make demo     serve the tiny model with and without its head, and compare
+# make serve    keep it served, on port 8000
+# make test     all tests, against both supported versions of vLLM
+# make unit, make engine, make lint    parts of that
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python -m
+NEWER = $(VENV)/vllm-0.33
+
+.PHONY: demo serve test env lint unit engine engine-newer clean
+
+demo: env
+	@$(VENV)/bin/vllm-orthrus demo
+
+serve: env
+	@$(VENV)/bin/vllm-orthrus demo --serve
+
+test: lint unit engine
+
+env:
+	@$(PYTHON) scripts/make_env.py --folder $(VENV)
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) mypy
+
+unit: env
+	$(RUN) pytest tests/unit -q
+
+engine: env
+	$(RUN) pytest tests/engine -q
+
+# The newer vLLM has no CPU build yet; its Python runs over the older one's binaries.
+engine-newer: env
+	$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
+	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine -q
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""`make demo`: the tiny model behind a real server, with and without its head."""
