@@ -45,35 +45,41 @@ def _draw_loss(axes: Any, training: list[dict[str, Any]]) -> None:
 
 def _draw_rows(axes: Any, training: list[dict[str, Any]]) -> None:
     """One line per stage of the run: how far down the block the drafts are right."""
-    stages = sorted({round(part * (len(training) - 1)) for part in (0.05, 0.25, 0.5, 1.0)})
-    for shade, index in enumerate(stages):
-        line = training[index]
-        places = range(1, len(line["agreement"]) + 1)
-        axes.plot(places, line["agreement"], color="tab:green", alpha=0.25 + 0.75 * shade / max(1, len(stages) - 1))
-        axes.annotate(f"step {line['step']}", (places[-1], line["agreement"][-1]), fontsize=8)
+    window = max(1, len(training) // 20)  # a single step sees too few blocks to tell
+    for shade, part in enumerate((0.0, 0.25, 0.5, 1.0)):
+        end = max(window, round(part * len(training)))
+        lines = training[end - window : end]
+        rates = [sum(row) / len(row) for row in zip(*(line["agreement"] for line in lines), strict=False)]
+        axes.plot(range(1, len(rates) + 1), rates, color="tab:green", alpha=0.25 + 0.25 * shade)
+        axes.annotate(f"to step {lines[-1]['step']}", (len(rates), rates[-1]), fontsize=8)
     axes.set(title="rows whose first choice is the teacher's", xlabel="row of the block", ylim=(0, 1))
     axes.grid(alpha=0.3)
 
 
 def _draw_cycles(axes: Any, training: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """Lines: the sample of prompts that is decoded while training. Stars: all prompts, at the end."""
     if not evaluations:
         expected = [line["teacher_forced_tokens_per_cycle"] for line in training]
-        axes.plot([line["step"] for line in training], expected, label="teacher-forced estimate")
+        axes.plot([line["step"] for line in training], _smooth(expected), label="teacher-forced estimate")
+    last = training[-1]["step"]
     for kind in evaluations[-1]["tokens_per_cycle"] if evaluations else ():
-        points = [
-            (line["step"], line["tokens_per_cycle"][kind]) for line in evaluations if kind in line["tokens_per_cycle"]
-        ]
+        points = [(line["step"], line["tokens_per_cycle"].get(kind)) for line in evaluations]
+        sampled, final = [point for point in points if point[0] < last], points[-1]
         style = {"linewidth": 2.5, "color": "black"} if kind == "all" else {}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{kind} ({points[-1][1]:.2f})", **style)
-    axes.set(title="tokens per cycle on held-out prompts", xlabel="step", ylim=(1, None))
-    axes.legend(fontsize=8)
+        label = f"{kind} ({final[1]:.2f})"
+        (line,) = axes.plot(*zip(*(sampled or [final]), strict=True), marker="o", markersize=3, label=label, **style)
+        if final[0] == last:
+            axes.plot(*final, marker="*", markersize=10, color=line.get_color())
+    axes.set(title="tokens per cycle, held out (stars: all prompts)", xlabel="step", ylim=(1, None))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average."""
-    smoothed, running = [], values[0]
+    """Exponential moving average, without the pull towards the first value."""
+    smoothed, running, seen = [], 0.0, 0.0
     for value in values:
         running = weight * running + (1 - weight) * value
-        smoothed.append(running)
+        seen = weight * seen + (1 - weight)
+        smoothed.append(running / seen)
     return smoothed
