@@ -1,5 +1,6 @@
 """Triton's interpreter as vLLM's CPU backend."""
 
+import math
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton.language.extra.libdevice as tldevice
 
 from vllm_orthrus.integration.cpu import interpreter_enabled
 
@@ -26,6 +28,20 @@ def test_kernels_are_interpreted() -> None:
     out = torch.full((8,), -1)
     _halves[(1,)](out, 5, 1, BLOCK=8)
     assert out.tolist() == [10] * 5 + [-1] * 3
+
+
+@triton.jit
+def _log1p(x, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    value = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(out + tl.arange(0, BLOCK), tl.where(tldevice.isnan(value), -1.0, 0.5 + tldevice.log1p(value)))
+
+
+def test_device_library_functions_are_interpreted() -> None:
+    """vLLM resamples a rejected token with `log1p`, which Triton leaves to its compilers."""
+    x = torch.tensor([0.0, 1.0, -1.0, float("nan")])
+    out = torch.empty(4)
+    _log1p[(1,)](x, out, BLOCK=4)
+    assert torch.allclose(out, torch.tensor([0.5, 0.5 + math.log(2), float("-inf"), -1.0]))
 
 
 def _child(code: str) -> str:

@@ -44,6 +44,7 @@ def enable_interpreter() -> None:
 
     active.set_active(driver())
     _accept_integer_masks()
+    _implement_library_functions()
     _enabled = True
 
 
@@ -181,6 +182,30 @@ def _accept_integer_masks() -> None:
 
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def _implement_library_functions() -> None:
+    """Give the interpreter the device library functions that vLLM's samplers call.
+
+    In Triton they are stubs that a compiler backend fills in; interpreted, they return None.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def elementwise(function: Callable[[Any], Any], result: Any = None) -> Callable[[Any], Any]:
+        def apply(x: Any) -> Any:
+            dtype = result or x.dtype
+            with np.errstate(all="ignore"):  # as on a device: infinities and NaNs are values
+                data = function(x.handle.data)
+            shape = list(x.type.shape) if x.type.is_block() else None
+            return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, shape) if shape else dtype)
+
+        return apply
+
+    libdevice.log1p = elementwise(np.log1p)
+    libdevice.isnan = elementwise(np.isnan, tl.int1)
 
 
 # With the interpreter in place vLLM believes that it has Triton. These patches keep
