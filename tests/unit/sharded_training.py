@@ -46,6 +46,7 @@ def main() -> None:
     names = {published_name(name.replace(".diffusion.", ".")) for name in state}
     complete = set(expected_tensors(BaseShape.from_config(reference.base.config)))
     assert names == (complete if dist.get_rank() == 0 else set()), names ^ complete
+    dist.barrier()
     dist.destroy_process_group()
 
 
