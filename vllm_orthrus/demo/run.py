@@ -16,7 +16,10 @@ from vllm_orthrus.heads import HEAD_MAP_VARIABLE
 from vllm_orthrus.training.samples import read_jsonl
 
 MAX_TOKENS = 128
-OPTIONS = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager")
+OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)),
+)
 SPECULATIVE: Mapping[str, object] = {"method": "orthrus"}
 
 
@@ -29,18 +32,17 @@ class Answers(NamedTuple):
 def demonstrate(example: Path, per_class: int) -> bool:
     """Ask both servers the same held-out questions; whether their answers were identical."""
     questions = read_questions(example / "heldout.jsonl", per_class)
-    with tempfile.TemporaryDirectory(prefix="vllm-orthrus-") as name:
-        folder = Path(name)
-        name_head(example, folder)
-        with starting("1/2  vLLM as it is", example / "base", folder / "plain.log", None) as server:
-            plain = ask(server, questions)
-        method = f"2/2  vLLM with --speculative-config '{json.dumps(dict(SPECULATIVE))}'"
-        with starting(method, example / "base", folder / "orthrus.log", SPECULATIVE) as server:
-            print(f"\n> {questions[0]}")
-            for piece in stream(server, questions[0]):
-                print(piece, end="", flush=True)
-            print("\n")
-            drafted = ask(server, questions)
+    folder = Path(tempfile.mkdtemp(prefix="vllm-orthrus-"))  # stays: the servers' logs are in it
+    name_head(example, folder)
+    with starting("1/2  vLLM as it is", example / "base", folder / "plain.log", None) as server:
+        plain = ask(server, questions)
+    method = f"2/2  vLLM with --speculative-config '{json.dumps(dict(SPECULATIVE))}'"
+    with starting(method, example / "base", folder / "orthrus.log", SPECULATIVE) as server:
+        print(f"\n> {questions[0]}")
+        for piece in stream(server, questions[0]):
+            print(piece, end="", flush=True)
+        print("\n")
+        drafted = ask(server, questions)
     print(comparison(plain, drafted))
     return plain.texts == drafted.texts
 
