@@ -1,0 +1,1 @@
+"""Triton kernels, each beside a `naive` PyTorch twin that says what it computes."""
