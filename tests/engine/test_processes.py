@@ -1,12 +1,5 @@
 """Across processes: spawned engine cores and workers, tensor parallelism, and the HTTP server."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +10,8 @@ import pytest
 from tests.engine.checkpoints import write_tokenizer
 from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
+from tests.engine.subprocesses import result_of
+from vllm_orthrus.demo.server import DraftCounters, Server, serving
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +20,9 @@ import json, sys
 from tests.engine.harness import Engine
 if __name__ == "__main__":
     model, speculative, options, prompts = map(json.loads, sys.argv[1:])
+    if options.pop("ray", False):
+        from tests.engine.ray_on_cpu import RayOnCpu
+        options["distributed_executor_backend"] = RayOnCpu
     engine = Engine(model, speculative, **options)
     run = engine.run(prompts, 24)
     print("RESULT", json.dumps([run.tokens, run.counts]))
@@ -34,18 +32,7 @@ if __name__ == "__main__":
 
 def generate(tmp_path: Path, model: Path, speculative: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     """Run an engine whose core and workers are processes of their own."""
-    script = tmp_path / "generate.py"
-    script.write_text(GENERATE)
-    arguments = [json.dumps(value) for value in (str(model), speculative, options, prompts(4))]
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=600
-    )
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert results, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(results[0].removeprefix("RESULT"))
+    return result_of(tmp_path, GENERATE, str(model), speculative, options, prompts(4), multiprocessing=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -56,18 +43,14 @@ def test_spawned_workers(ranks: int, tiny: Checkpoints, oracle_config: dict[str,
     assert 0 < drafted == accepted
 
 
-class Server:
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=120) as answer:
-            return str(answer.read().decode())
-
-    def counter(self, name: str) -> float:
-        metric = f"vllm:spec_decode_{name}_total"
-        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(metric)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+def test_ray_workers(tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path: Path) -> None:
+    """The config travels to Ray's actors by name, before they have loaded any plugin."""
+    pytest.importorskip("ray")
+    expected, _ = generate(tmp_path, tiny.base, None, {})
+    options = {"tensor_parallel_size": 2, "ray": True}
+    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, oracle_config, options)
+    assert tokens == expected
+    assert 0 < drafted == accepted
 
 
 @pytest.fixture(scope="module")
@@ -75,33 +58,15 @@ def server(
     tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     write_tokenizer(tiny.base)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(tiny.base), "--port", str(port)),
-        *("--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "256"),
-        *("--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(32 << 20)),
-        *("--speculative-config", json.dumps(oracle_config)),
+    options = [
+        *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8"),
+        *("--kv-cache-memory-bytes", str(32 << 20)),
     ]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
-            try:
-                Server(url).get("/health")
-                break
-            except OSError:
-                time.sleep(1)
-        yield Server(url)
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with serving(tiny.base, log, oracle_config, options) as server:
+            yield server
 
 
 def test_server_and_metrics(server: Server) -> None:
@@ -114,10 +79,8 @@ def test_server_and_metrics(server: Server) -> None:
 
     whole = [complete(prompt, stream=False) for prompt in prompts(3)]
     assert all(answer.usage.completion_tokens == 24 for answer in whole)
-    drafted, accepted = server.counter("num_draft_tokens"), server.counter("num_accepted_tokens")
     # The prompt gives the first token; of the other 23 each step gives two.
-    assert drafted == accepted == 3 * 12
-    assert server.counter("num_drafts") == 3 * 12
+    assert server.draft_counters() == DraftCounters(36, 36, 36, [36])
     streamed = ["".join(part.choices[0].text for part in complete(prompt, stream=True)) for prompt in prompts(3)]
     assert streamed == [answer.choices[0].text for answer in whole]
-    assert server.counter("num_draft_tokens") == 2 * drafted
+    assert server.draft_counters() == DraftCounters(72, 72, 72, [72])

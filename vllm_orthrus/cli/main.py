@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"vllm_orthrus.cli.{name}").add_parser(subparsers)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for chatty in ("httpx", "datasets"):
+    for chatty in ("httpx", "httpx2", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         status: int = options.run(options)
