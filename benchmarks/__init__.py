@@ -1,0 +1,1 @@
+"""Checks and measurements of the kernels; they need torch and triton alone."""
