@@ -50,9 +50,14 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     """Rows of a draft block, the anchor included. Unset, the width the head was trained with; narrower blocks cost
     less and draft a little worse."""
 
-    orthrus_attention: Literal["auto", "gather", "write_through"] = "auto"
-    """How a block reads the target's cache. "gather" copies the prefix into a dense PyTorch attention; it suits CPUs.
-    "write_through" runs the target's own attention layers over slots reserved for the block; it works everywhere."""
+    orthrus_attention: Literal["auto", "kernel", "gather", "write_through"] = "auto"
+    """How a block reads the target's cache. "kernel" is our own, in place: the fastest, where it knows the cache's
+    format. "write_through" runs the target's own attention layers over slots reserved for the block; it works
+    everywhere, and is what "auto" falls back to. "gather" copies the prefix into a dense PyTorch attention; it suits
+    CPUs."""
+
+    orthrus_check_attention: bool = False
+    """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
     orthrus_mask_token_id: int | None = Field(default=None, ge=0)
     """Filled in from the head: the token that stands for "not known yet" in a block."""
@@ -63,7 +68,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self._refuse_parallelism()
         head = self._find_head()
         self._fit_block(head)
-        if self.orthrus_attention == "auto":
+        if self.orthrus_attention == "auto" and _is_cpu():
+            # Interpreted, the kernel is exact and slow.
             self.orthrus_attention = "gather" if _gathers_well(self.target_model_config.dtype) else "write_through"
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
@@ -129,6 +135,14 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         return head.config
 
     @property
+    def slots_written_ahead(self) -> int:
+        """Cache slots behind each request that a draft may write to."""
+        if self.orthrus_check_attention or self.orthrus_attention in ("auto", "write_through"):
+            assert self.orthrus_block_size is not None
+            return self.orthrus_block_size
+        return 0
+
+    @property
     def head_cache(self) -> str | None:
         """Where downloaded heads go: vLLM's `--download-dir`."""
         return self.draft_load_config.download_dir if self.draft_load_config is not None else None
@@ -159,12 +173,18 @@ def known_settings() -> list[str]:
     return [field.name for field in fields(OrthrusSpeculativeConfig) if field.name not in given_by_vllm]
 
 
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _gathers_well(dtype: torch.dtype) -> bool:
-    """Whether this is a CPU whose cache PyTorch can read: vLLM packs bfloat16 keys for AMX tiles, and for ARM."""
+    """Whether PyTorch can read this CPU's cache: vLLM packs bfloat16 keys for AMX tiles, and for ARM."""
     from vllm.platforms import CpuArchEnum, current_platform
 
     packed = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return bool(current_platform.is_cpu() and current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not packed)
+    return bool(current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not packed)
 
 
 def _logger() -> Any:

@@ -36,8 +36,9 @@ from vllm_orthrus.integration.runner import (
     set_default_torch_dtype,
     set_forward_context,
 )
+from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.view import DiffusionView
-from vllm_orthrus.write_through import WriteThroughAttention
+from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
 logger = init_logger("vllm.orthrus")
 
@@ -117,13 +118,11 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
         process_weights_after_loading(view, model_config, self.device)
         logger.info(
-            "Orthrus head %s: %.2f GiB on this rank, everything else is the target's. "
-            "Blocks of %d rows give %d drafts; the cache is read by '%s'.",
+            "Orthrus head %s: %.2f GiB on this rank, all else is the target's. Blocks of %d rows give %d drafts.",
             config.model,
             size / 2**30,
             self.block,
             self.num_speculative_steps,
-            config.orthrus_attention,
         )
         return view.eval()
 
@@ -146,13 +145,31 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             CachedLayer(attn, group_of[attn.layer_name], block_tables.block_sizes[group_of[attn.layer_name]])
             for attn in self._target_attention()
         ]
-        if self.speculative_config.orthrus_attention == "gather":
-            self.attention = GatherAttention(layers)
-        else:
-            path = WriteThroughAttention(
+        self.attention = self._choose_attention(layers, kv_cache_config)
+
+    def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:
+        config = self.speculative_config
+        wanted: str = config.orthrus_attention
+        if wanted == "gather":
+            path: BlockAttention = GatherAttention(layers)
+        elif wanted != "write_through":
+            problem = next(filter(None, map(unreadable, layers)), None)
+            if problem is None:
+                path = KernelAttention(layers, self.max_num_reqs, self.block, self.device)
+            elif wanted == "kernel":
+                raise ValueError(
+                    f"orthrus_attention='kernel' cannot read this cache: {problem}. Leave orthrus_attention at 'auto'."
+                )
+            else:
+                logger.info("Orthrus drafts through the target's own attention layers: %s.", problem)
+                wanted = "write_through"
+        if wanted == "write_through" or config.orthrus_check_attention:
+            through = WriteThroughAttention(
                 layers, self.vllm_config, kv_cache_config, self.max_num_reqs, self.block, self.device
             )
-            self.attention, self.attn_groups = path, path.groups
+            self.attn_groups = through.groups
+            path = through if wanted == "write_through" else CheckedAttention(path, through)
+        return path
 
     def _target_attention(self) -> list[Any]:
         return [layer.self_attn.attn for layer in self.model.target.model.layers]

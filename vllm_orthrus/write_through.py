@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs
 from vllm_orthrus.integration.runner import (
@@ -21,6 +22,8 @@ from vllm_orthrus.integration.runner import (
     init_attn_backend,
     replace,
 )
+
+logger = init_logger("vllm.orthrus")
 
 
 class WriteThroughAttention(BlockAttention):
@@ -90,3 +93,48 @@ class WriteThroughAttention(BlockAttention):
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.attn[layer](q, k, v)
         return out
+
+
+class CheckedAttention(BlockAttention):
+    """Another path's results, compared with this one's in every layer of every draft.
+
+    Both read the same cache: writing through it changes no position that either of them, or the target, reads.
+    """
+
+    supports_graphs = False  # what is compared is reported by the host
+    REPORT_EVERY = 100  # drafts
+
+    def __init__(self, path: BlockAttention, reference: WriteThroughAttention) -> None:
+        self.path, self.reference = path, reference
+        self.worst = torch.zeros((), device=reference.lengths.device)
+        self.drafts = 0
+
+    def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
+        if self.drafts and self.drafts % self.REPORT_EVERY == 0:
+            self.report()
+        self.drafts += 1
+        # A padded block means nothing, and of one that reaches past the context limit only a part has slots.
+        prefix, width = blocks.prefix_lengths, blocks.positions.shape[1]
+        comparable = (prefix > 0) & (prefix + width <= self.reference.max_model_len)
+        self.comparable = comparable.repeat_interleave(width)  # [rows]
+        self.path.begin(blocks, capturing)
+        return self.reference.begin(blocks, capturing)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = self.path(layer, q, k, v)
+        expected = self.reference(layer, q, k, v)
+        difference = (out - expected).abs().float().amax(dim=-1)  # [rows]
+        torch.maximum(self.worst, torch.where(self.comparable, difference, 0).max(), out=self.worst)
+        return out
+
+    def report(self) -> float:
+        """The worst difference of any element so far."""
+        worst = float(self.worst)
+        logger.info(
+            "%s and %s: worst difference in %d drafts %.3g.",
+            type(self.path).__name__,
+            type(self.reference).__name__,
+            self.drafts,
+            worst,
+        )
+        return worst

@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
-@pytest.fixture(scope="session", params=["gather", "write_through"])
+@pytest.fixture(scope="session", params=["gather", "write_through", "kernel"])
 def path(request: pytest.FixtureRequest) -> str:
     """How a block reads the cache."""
     return str(request.param)

@@ -13,6 +13,7 @@ from functools import wraps
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from typing import Any
 
+from vllm_orthrus.integration import interpreter
 from vllm_orthrus.integration.registry import Patch, is_bool, is_classmethod, is_property
 
 _enabled = False
@@ -36,15 +37,14 @@ def enable_interpreter() -> None:
     if "cpu" in backends:  # a real compiler for CPUs
         return
     os.environ["TRITON_INTERPRET"] = "1"  # inherited by every process this one starts
-    _interpret_loaded_functions()
+    interpreter.convert_loaded_functions()
     driver = _interpreter_driver()
     backends["cpu"] = Backend(compiler=BaseBackend, driver=driver)
 
     from triton.runtime.driver import driver as active
 
     active.set_active(driver())
-    _accept_integer_masks()
-    _implement_library_functions()
+    interpreter.complete()
     _enabled = True
 
 
@@ -135,77 +135,6 @@ def _interpreter_driver() -> type[Any]:
             raise NotImplementedError("interpreted kernels are not benchmarked")
 
     return InterpreterDriver
-
-
-def _interpret_loaded_functions() -> None:
-    """Turn the functions Triton has already compiled lazily into interpreted ones.
-
-    Triton chooses when a function is decorated, and PyTorch has imported it by
-    now, so Triton's own library (``tl.sum``, ``tl.cdiv``) chose the compiler.
-    """
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    interpreted: dict[int, Any] = {}  # a function imported into several modules must stay one object
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] != "triton":
-            continue
-        for attribute, value in list(vars(module).items()):
-            if type(value) is JITFunction:
-                replacement = interpreted.setdefault(id(value), InterpretedFunction(value.fn))
-                setattr(module, attribute, replacement)
-
-
-def _accept_integer_masks() -> None:
-    """Let the interpreter load and store under a mask that NumPy made an integer.
-
-    vLLM's Gumbel sampler stores under ``mask & scalar``; compiled Triton keeps
-    that a boolean, while NumPy promotes it to an integer, which the interpreter's
-    native load and store reject ("mask has unsupported dtype").
-    """
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    load = InterpreterBuilder.create_masked_load
-    store = InterpreterBuilder.create_masked_store
-
-    def as_bool(mask: Any) -> Any:
-        if mask.data.dtype == np.bool_:
-            return mask
-        return TensorHandle(mask.data.astype(np.bool_), mask.dtype)
-
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kw: Any) -> Any:
-        return load(self, ptrs, as_bool(mask), *rest, **kw)
-
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(self, ptrs, value, as_bool(mask), *rest)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_masked_store = create_masked_store
-
-
-def _implement_library_functions() -> None:
-    """Give the interpreter the device library functions that vLLM's samplers call.
-
-    In Triton they are stubs that a compiler backend fills in; interpreted, they return None.
-    """
-    import numpy as np
-    import triton.language as tl
-    from triton.language.extra import libdevice
-    from triton.runtime.interpreter import TensorHandle
-
-    def elementwise(function: Callable[[Any], Any], result: Any = None) -> Callable[[Any], Any]:
-        def apply(x: Any) -> Any:
-            dtype = result or x.dtype
-            with np.errstate(all="ignore"):  # as on a device: infinities and NaNs are values
-                data = function(x.handle.data)
-            shape = list(x.type.shape) if x.type.is_block() else None
-            return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, shape) if shape else dtype)
-
-        return apply
-
-    libdevice.log1p = elementwise(np.log1p)
-    libdevice.isnan = elementwise(np.isnan, tl.int1)
 
 
 # With the interpreter in place vLLM believes that it has Triton. These patches keep

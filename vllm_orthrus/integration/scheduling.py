@@ -45,7 +45,7 @@ def _num_lookahead_tokens(original: property) -> property:
     def num_lookahead_tokens(self: Any) -> int:
         spec = self.speculative_config
         if spec is not None and spec.method == METHOD:
-            return spec.orthrus_block_size if spec.orthrus_attention == "write_through" else 0
+            return int(spec.slots_written_ahead)
         return int(original.fget(self))  # type: ignore[misc]
 
     return property(num_lookahead_tokens)
