@@ -28,6 +28,10 @@ from vllm_orthrus.kernels.dual_view_plan import Plan, Tiles, make_plan, workspac
 
 __all__ = ["PagedCache", "Plan", "Tiles", "Verification", "dual_view_attention", "make_plan", "naive", "workspace_size"]
 
+# Left alone, NVIDIA's assembler would rather spill a little than give up a third program per multiprocessor, for which
+# there is no shared memory anyway.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 
 class PagedCache(NamedTuple):
     """One layer's cache. Any physical layout: only strides say how pages, heads, slots and dimensions are ordered."""
@@ -137,6 +141,7 @@ def dual_view_attention(
         WIDEN=q.device.type == "cpu",
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **REGISTERS,
         enable_fp_fusion=True,  # said, because Triton's default changes
     )
     if plan.splits > 1:

@@ -103,6 +103,16 @@ def _softmax_step(acc, top, total, scores, v, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _look_up(table, at, longest, PAGE: tl.constexpr, MANAGER: tl.constexpr, TILE_N: tl.constexpr):
+    """Blocks that hold positions at .. at + TILE_N. What stands in the table behind the length is never read."""
+    if PAGE % TILE_N == 0:  # the tile lies in one page
+        position = at
+    else:
+        position = at + tl.arange(0, TILE_N)
+    return tl.load(table + position // MANAGER, mask=position < longest, other=0)
+
+
+@triton.jit
 def _prefix_step(
     acc,
     top,
@@ -110,11 +120,11 @@ def _prefix_step(
     q,
     length,
     at,
+    block,
     longest,
     scale,
     keys,
     values,
-    table,
     key_page,
     key_slot,
     key_dim,
@@ -129,29 +139,20 @@ def _prefix_step(
     WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Attend to cached positions at .. at + TILE_N; `at` is a multiple of TILE_N and lies before `longest`."""
+    """Attend to cached positions at .. at + TILE_N, which lie in `block`; `at` is a multiple of TILE_N."""
     dims = tl.arange(0, DIM)
     position = at + tl.arange(0, TILE_N)  # [TILE_N]
-    exists = position < longest
-    if PAGE % TILE_N == 0:  # the tile lies in one page: one look-up
-        block = tl.load(table + at // MANAGER).to(tl.int64)
-    elif MASKED:  # whatever stands in the table behind the length is never read, let alone followed
-        block = tl.load(table + position // MANAGER, mask=exists, other=0).to(tl.int64)
-    else:
-        block = tl.load(table + position // MANAGER).to(tl.int64)
-    if PAGE % TILE_N == 0:
-        page = block * (MANAGER // PAGE) + at % MANAGER // PAGE
-        slot = at % PAGE + tl.arange(0, TILE_N)
-    else:
-        page = block * (MANAGER // PAGE) + position % MANAGER // PAGE
-        slot = position % PAGE
+    first = at if PAGE % TILE_N == 0 else position  # one page for the whole tile, or one for each position
+    page = block.to(tl.int64) * (MANAGER // PAGE) + first % MANAGER // PAGE
+    slot = position % PAGE
     key_at = page * key_page + slot * key_slot  # [TILE_N]
     value_at = key_at if SAME_STRIDES else page * value_page + slot * value_slot
     key_at = keys + key_at[:, None] + dims[None, :] * key_dim
     value_at = values + value_at[:, None] + dims[None, :] * (key_dim if SAME_STRIDES else value_dim)
     if MASKED:  # zeros, because an unused slot may hold NaN and 0 * NaN is NaN
-        k = tl.load(key_at, mask=exists[:, None], other=0.0)
-        v = tl.load(value_at, mask=exists[:, None], other=0.0)
+        exists = (position < longest)[:, None]
+        k = tl.load(key_at, mask=exists, other=0.0)
+        v = tl.load(value_at, mask=exists, other=0.0)
     else:
         k = tl.load(key_at)
         v = tl.load(value_at)
@@ -276,18 +277,23 @@ def attend(
     keys += kv_head.to(tl.int64) * key_head
     values += kv_head.to(tl.int64) * value_head
     table += req.to(tl.int64) * table_row
+    # Each step looks up the next one's blocks, so that no load of keys waits for the table.
+    block = _look_up(table, begin, longest, PAGE, MANAGER, TILE_N)
     for at in tl.range(begin, whole, TILE_N):
+        following = _look_up(table, at + TILE_N, longest, PAGE, MANAGER, TILE_N)
         acc, top, total = _prefix_step(
-            acc, top, total, rows, length, at, longest, prefix_scale, keys, values, table,
+            acc, top, total, rows, length, at, block, longest, prefix_scale, keys, values,
             key_page, key_slot, key_dim, value_page, value_slot, value_dim,
             DIM, PAGE, MANAGER, SAME_STRIDES, TILE_N, WIDEN, False,
         )  # fmt: skip
+        block = following
     for at in tl.range(whole, end, TILE_N, num_stages=1):
         acc, top, total = _prefix_step(
-            acc, top, total, rows, length, at, longest, prefix_scale, keys, values, table,
+            acc, top, total, rows, length, at, block, longest, prefix_scale, keys, values,
             key_page, key_slot, key_dim, value_page, value_slot, value_dim,
             DIM, PAGE, MANAGER, SAME_STRIDES, TILE_N, WIDEN, True,
         )  # fmt: skip
+        block = _look_up(table, at + TILE_N, longest, PAGE, MANAGER, TILE_N)
     if V_SCALES > 0:
         acc *= tl.load(v_scale + (kv_head if V_SCALES > 1 else 0))
 

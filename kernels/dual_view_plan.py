@@ -1,10 +1,34 @@
 """How a launch of the dual-view attention is cut up, and the memory it needs."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What a device offers a program."""
+
+    warpgroups: bool  # matrix instructions that want 64 rows and read their operands from shared memory
+    shared: int  # bytes of shared memory that one program may have
+    multiprocessors: int
+
+
+INTERPRETER = Target(False, 2**31, 1)
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Target(False, 64 * 1024, properties.multi_processor_count)
+    warpgroups = properties.major in (9, 10)
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Target(warpgroups, shared, properties.multi_processor_count)
 
 
 class Tiles(NamedTuple):
@@ -15,6 +39,50 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     per_sm: int  # programs that fit on one multiprocessor at a time
+
+
+def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, target: Target) -> Tiles:
+    """Tiles for this many rows x grouped heads.
+
+    More rows per program read the prefix less often, until the accumulator no longer fits the registers; then the
+    programs of one stretch of prefix share it through the L2 cache. What a step brings in (positions x head_dim x 2) is
+    kept near 32 KiB, and stages are as deep as shared memory allows: only loads in flight make bandwidth.
+    """
+    wanted = max(16, triton.next_power_of_2(rows))
+    if target is INTERPRETER:  # few, large steps
+        return Tiles(min(wanted, 1024), 256, 1, 1, 1)
+    if dtype == torch.float32:  # exact arithmetic without matrix instructions, for tests
+        return Tiles(min(wanted, 32), 16, 4, 1, 1)
+    narrow = cache_dtype.itemsize == 1
+    wide = head_dim > 128
+    if target.warpgroups and wanted >= 64:
+        if wide:
+            return Tiles(64, 32, 4, 3, 1)
+        if wanted >= 128:
+            return Tiles(128, 64, 8, 5 if narrow else 4, 1)
+        return Tiles(64, 64, 4, 5 if narrow else 4 if head_dim < 128 else 3, 2)
+    rows = min(wanted, 32 if wide else 64)
+    if target.shared > 200 * 1024:
+        return Tiles(rows, 32 if wide else 64, 4, 4, 1 if wide else 2)
+    if target.shared > 80 * 1024:
+        return Tiles(rows, 32, 4, 3 if wide else 4, 2 if target.shared > 160 * 1024 and not wide else 1)
+    return Tiles(rows, 32 if wide else 64, 4, 2, 2)
+
+
+def choose_splits(programs: int, per_sm: int, target: Target) -> int:
+    """The fewest splits that keep at least 95 % of the device's places busy if all prefixes are equally long."""
+    if target is INTERPRETER:
+        return 1
+    places = target.multiprocessors * per_sm
+    best, best_use = 1, 0.0
+    for splits in range(1, max(places // programs, 8) + 1):
+        waves = -(-programs * splits // places)
+        use = programs * splits / (waves * places)
+        if use > best_use + 0.02:
+            best, best_use = splits, use
+        if best_use >= 0.95:
+            break
+    return min(best, 128)
 
 
 class Plan(NamedTuple):
@@ -40,6 +108,7 @@ def make_plan(
     splits: int | None = None,
     tiles: Tiles | None = None,
     buffer: Tensor | None = None,
+    target: Target | None = None,
 ) -> Plan:
     """Choose tiles and splits for a launch and take its memory from `buffer`, or allocate it.
 
@@ -48,10 +117,11 @@ def make_plan(
     """
     device = torch.device(device)
     rows = rows_per_request * (q_heads // kv_heads)
-    tiles = tiles or choose_tiles(rows, head_dim, dtype, cache_dtype, device)
+    target = target or target_of(device)
+    tiles = tiles or choose_tiles(rows, head_dim, dtype, cache_dtype, target)
     num_tiles = -(-rows // tiles.rows)
     if splits is None:
-        splits = choose_splits(num_reqs * kv_heads * num_tiles, tiles.per_sm, device)
+        splits = choose_splits(num_reqs * kv_heads * num_tiles, tiles.per_sm, target)
     if splits == 1:
         return Plan(tiles, 1, num_tiles, None, None, None)
     programs = num_reqs * kv_heads * num_tiles
@@ -76,37 +146,3 @@ def make_plan(
 def workspace_size(plan: Plan) -> int:
     """How many float32 elements of a shared buffer this plan uses."""
     return sum(part.numel() for part in plan[3:] if part is not None)
-
-
-def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Tiles for this many rows x grouped heads.
-
-    Hopper's warpgroup instructions want 64 rows. More rows per program read the prefix less often, until the
-    accumulator no longer fits the registers; then the programs of one stretch of prefix share it through the L2 cache.
-    """
-    wanted = max(16, triton.next_power_of_2(rows))
-    if device.type == "cpu":  # interpreted: few, large steps
-        return Tiles(min(wanted, 1024), 256, 1, 1, 1)
-    if dtype == torch.float32:
-        return Tiles(min(wanted, 32), 32, 4, 1, 1)
-    if head_dim > 128:
-        return Tiles(min(wanted, 64), 32, 4, 3, 1)
-    if wanted >= 128:
-        return Tiles(128, 64, 8, 3, 1)
-    return Tiles(wanted, 64, 4, 3, 2)
-
-
-def choose_splits(programs: int, per_sm: int, device: torch.device) -> int:
-    """The fewest splits that keep at least 90 % of the device's places busy if all prefixes are equally long."""
-    if device.type == "cpu":
-        return 1
-    places = torch.cuda.get_device_properties(device).multi_processor_count * per_sm
-    best, best_use = 1, 0.0
-    for splits in range(1, max(places // programs, 8) + 1):
-        waves = -(-programs * splits // places)
-        use = programs * splits / (waves * places)
-        if use > best_use + 0.02:
-            best, best_use = splits, use
-        if best_use >= 0.9:
-            break
-    return min(best, 128)
