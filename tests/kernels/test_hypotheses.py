@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_orthrus.kernels.hypotheses import (
-    Chances,
     Hypotheses,
-    choose,
+    choose_device,
     choose_naive,
-    match,
+    match_device,
     match_naive,
 )
 
@@ -21,7 +20,9 @@ sizes = given(
 )
 
 
-def state(reqs: int, drafts: int, ranks: int, seed: int) -> tuple[Chances, torch.Tensor, torch.Tensor, torch.Tensor]:
+def state(
+    reqs: int, drafts: int, ranks: int, seed: int
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, torch.Tensor]:
     gen = torch.Generator().manual_seed(seed)
     real = torch.randint(0, drafts + 1, (reqs, 1), generator=gen)
     outcome = torch.rand(reqs, drafts + 1, generator=gen) ** 3
@@ -31,7 +32,7 @@ def state(reqs: int, drafts: int, ranks: int, seed: int) -> tuple[Chances, torch
     bonus = bonus / (bonus.sum(2, keepdim=True) * 1.2)
     tokens = torch.randint(0, 50, (reqs, drafts), generator=gen)
     candidates = torch.randint(50, 90, bonus.shape, generator=gen)
-    chances = Chances(outcome, bonus, candidates)
+    chances = (outcome, bonus, candidates)
     offset = torch.randint(0, drafts + 2, (reqs,), generator=gen)
     return chances, tokens, torch.randint(0, 50, (reqs,), generator=gen), offset
 
@@ -43,21 +44,22 @@ def falling(length: int) -> torch.Tensor:
 @sizes
 @settings(deadline=None, max_examples=40)
 def test_choice_equals_its_twin(reqs: int, drafts: int, ranks: int, count: int, seed: int) -> None:
-    arguments = (*state(reqs, drafts, ranks, seed), falling(drafts), count)
+    chances, *others = state(reqs, drafts, ranks, seed)
+    arguments = (*chances, *others, falling(drafts), count)
     expected = choose_naive(*arguments)
-    actual = choose(*arguments)
+    actual = choose_device(*arguments)
     assert torch.equal(actual.accepted, expected.accepted)
     assert torch.equal(actual.token, expected.token)
 
 
 def test_garbage_in_a_padded_row_stays_there() -> None:
     chances, drafts, anchors, offset = state(3, 7, 4, 5)
-    sound = choose(chances, drafts, anchors, offset, falling(7), 6)
-    chances.outcome[1] = float("nan")
-    chances.bonus[1] = float("nan")
+    sound = choose_device(*chances, drafts, anchors, offset, falling(7), 6)
+    chances[0][1] = float("nan")
+    chances[1][1] = float("nan")
     drafts[1], anchors[1], offset[1] = -(10**6), -1, 10**6
-    for function in (choose, choose_naive):
-        soiled = function(chances, drafts, anchors, offset, falling(7), 6)
+    for function in (choose_device, choose_naive):
+        soiled = function(*chances, drafts, anchors, offset, falling(7), 6)
         for row in (0, 2):
             assert torch.equal(soiled.accepted[row], sound.accepted[row])
             assert torch.equal(soiled.token[row], sound.token[row])
@@ -75,7 +77,7 @@ def test_match_equals_its_twin(reqs: int, drafts: int, _: int, count: int, seed:
 
     hypotheses = Hypotheses(random(-2, drafts + 1, reqs, count), random(0, 3, reqs, count))
     arguments = (random(0, 3, reqs, drafts), random(0, drafts + 2, reqs), random(0, 3, reqs), random(0, 20, reqs))
-    expected, actual = match_naive(hypotheses, *arguments), match(hypotheses, *arguments)
+    expected, actual = match_naive(hypotheses, *arguments), match_device(hypotheses, *arguments)
     assert torch.equal(actual.which, expected.which)
     assert torch.equal(actual.offset, expected.offset)
 
@@ -84,11 +86,11 @@ def test_match_equals_its_twin(reqs: int, drafts: int, _: int, count: int, seed:
 def test_match_takes_the_runner_s_types(dtype: torch.dtype) -> None:
     hypotheses = Hypotheses(torch.tensor([[1, -1, 0]]), torch.tensor([[9, 4, 6]]))
     drafts, slots = torch.tensor([[6, 7]]), torch.tensor([[9], [0]])
-    found = match(hypotheses, drafts, torch.tensor([2], dtype=dtype), slots[:1, 0].to(dtype), torch.tensor([0]))
+    found = match_device(hypotheses, drafts, torch.tensor([2], dtype=dtype), slots[:1, 0].to(dtype), torch.tensor([0]))
     assert (found.which.tolist(), found.offset.tolist()) == ([0], [0])
 
 
 def test_no_requests() -> None:
     chances, drafts, anchors, offset = state(2, 3, 2, 0)
-    none = Chances(*(part[:0] for part in chances))
-    assert choose(none, drafts[:0], anchors[:0], offset[:0], falling(3), 4).token.shape == (0, 4)
+    none = [part[:0] for part in chances]
+    assert choose_device(*none, drafts[:0], anchors[:0], offset[:0], falling(3), 4).token.shape == (0, 4)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vllm_orthrus import __version__
 
-COMMANDS = ("train", "answers", "report", "head", "doctor", "demo")
+COMMANDS = ("train", "answers", "report", "head", "doctor", "demo", "simulate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,134 @@
+"""`vllm-orthrus simulate`: tokens per forward of one pass and of two, measured with the reference model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    simulate = subparsers.add_parser(
+        "simulate", help="what one pass with H hypotheses gains over two, by prompt class, with a head and its base"
+    )
+    simulate.add_argument("head", help="folder or repository")
+    simulate.add_argument("--base", required=True, help="folder or repository of the base")
+    simulate.add_argument("--prompts", type=Path, required=True, help="JSONL with `prompt` and `class`")
+    simulate.add_argument("--hypotheses", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16], help="0 is two passes")
+    simulate.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
+    simulate.add_argument("--drafts", type=int, help="drafts per verification (default: all that were trained)")
+    simulate.add_argument("--width", type=int, help="rows per block (default: as trained)")
+    simulate.add_argument("--max-new-tokens", type=int, default=128)
+    simulate.add_argument("--per-class", type=int, help="only so many prompts of each class")
+    simulate.add_argument("--group", action="append", default=[], help="NAME=CLASS,CLASS: show these classes together")
+    simulate.add_argument("--batch", type=int, default=64)
+    simulate.add_argument("--context", type=int, default=2048, help="tokens of KV cache in the modelled time")
+    simulate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
+    simulate.add_argument("--device", default="cpu")
+    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--json", type=Path, help="write the figures to this file, too")
+    simulate.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import json
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from vllm_orthrus.policy import streamed_bytes, time_ratio
+    from vllm_orthrus.training.evaluate import Setting, decode, first_per_class, read_prompts
+    from vllm_orthrus.training.onepass import OnePass, figures
+    from vllm_orthrus.training.reference import Reference, tokens_per_cycle
+
+    tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
+    prompts = first_per_class(read_prompts(options.prompts, tokenizer), options.per_class)
+    groups = _groups([prompt.kind for prompt in prompts], options.group)
+    reference = Reference.from_pretrained(options.base, options.head, getattr(torch, options.dtype), options.device)
+    stop = [tokenizer.eos_token_id]
+    heads = {name: streamed_bytes(head_weight_bytes=size, context=options.context) for name, size in HEAD_BYTES}
+    found: list[dict[str, Any]] = []
+    for temperature in options.temperature:
+        setting = Setting(
+            options.max_new_tokens,
+            temperature,
+            options.drafts,
+            options.width,
+            batch=options.batch,
+            seed=options.seed,
+        )
+        generations = decode(reference, prompts, stop, setting)
+        two_pass = {
+            name: tokens_per_cycle([cycle for place in places for cycle in generations[place].cycles]) / 2
+            for name, places in groups.items()
+        }
+        print(f"\nT={temperature}: tokens per forward; plain decoding is 1")
+        print(HEADINGS)
+        for count in options.hypotheses:
+            if count == 0:
+                for name, value in two_pass.items():
+                    print(f"{count:>3}  {name:<12}{value:>8.2f}{1:>8.2f}")
+                    found.append({"temperature": temperature, "hypotheses": 0, "class": name, "tokens/forward": value})
+                continue
+            generator = torch.Generator(options.device).manual_seed(options.seed)
+            loop = OnePass(reference, count, temperature, options.drafts, options.width, generator)
+            runs = [
+                run
+                for start in range(0, len(prompts), options.batch)
+                for run in loop.generate(
+                    [prompt.tokens for prompt in prompts[start : start + options.batch]], options.max_new_tokens, stop
+                )
+            ]
+            if temperature == 0 and options.dtype == "float32":
+                _check_same([run.tokens for run in runs], [generation.tokens for generation in generations])
+            for name, places in groups.items():
+                result = figures([runs[place] for place in places])
+                ratio = result.tokens_per_forward / two_pass[name]
+                times = {
+                    head: time_ratio(result.tokens_per_forward, two_pass[name], streamed)
+                    for head, streamed in heads.items()
+                }
+                print(
+                    f"{count:>3}  {name:<12}{result.tokens_per_forward:>8.2f}{ratio:>8.2f}{result.hit:>8.2f}"
+                    f"{result.count_missed:>10.2f}{result.bonus_missed:>10.2f}"
+                    + "".join(f"{value:>12.2f}" for value in times.values())
+                )
+                found.append(
+                    {"temperature": temperature, "hypotheses": count, "class": name}
+                    | {"tokens/forward": result.tokens_per_forward, "ratio": ratio, "time": times}
+                    | {"hit": result.hit, "count missed": result.count_missed, "bonus missed": result.bonus_missed}
+                )
+    if options.json:
+        setting_used = {name: str(value) for name, value in vars(options).items() if name not in ("run", "json")}
+        options.json.write_text(json.dumps({"setting": setting_used, "figures": found}, indent=2) + "\n")
+    return 0
+
+
+HEAD_BYTES = (("bf16 head", 2), ("fp8 head", 1))
+HEADINGS = (
+    f"{'H':>3}  {'class':<12}{'tokens':>8}{'ratio':>8}{'hits':>8}{'no count':>10}{'no bonus':>10}"
+    f"{'time, bf16':>12}{'time, fp8':>12}"
+)
+
+
+def _groups(kinds: Sequence[str], wanted: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the prompts of each class, of each group that was asked for, and of all."""
+    from vllm_orthrus.training.config import ConfigError
+
+    members = {kind: {kind} for kind in dict.fromkeys(kinds)}
+    for group in wanted:
+        name, _, listed = group.partition("=")
+        members[name] = set(listed.split(","))
+        if not members[name] <= set(kinds):
+            raise ConfigError(f"--group {group}: the prompts' classes are {', '.join(dict.fromkeys(kinds))}.")
+    members["all"] = set(kinds)
+    return {name: [place for place, kind in enumerate(kinds) if kind in found] for name, found in members.items()}
+
+
+def _check_same(one_pass: list[list[int]], two_pass: list[list[int]]) -> None:
+    different = [place for place, (mine, other) in enumerate(zip(one_pass, two_pass, strict=True)) if mine != other]
+    if different:
+        raise RuntimeError(
+            f"greedy text differs between one pass and two on prompts {different}: drafting isn't lossless"
+        )
