@@ -13,10 +13,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Blocks(NamedTuple):
-    """The blocks of one draft pass. Tensors are views of buffers that stay where they are, so a graph may read them."""
+    """The blocks of one draft pass, or the hypotheses beside one verification: H blocks for each request.
 
-    positions: torch.Tensor  # [num_reqs, block]
-    prefix_lengths: torch.Tensor  # [num_reqs], positions before the anchor; 0 on padded rows
+    Tensors are views of buffers that stay where they are, so a graph may read them.
+    """
+
+    positions: torch.Tensor  # [num_reqs, H * block]
+    prefix_lengths: torch.Tensor  # [num_reqs, H], positions before each anchor; 0 or less where there is no block
     block_tables: list[torch.Tensor]  # per cache group [num_reqs, max_blocks]; all zeros on padded rows
     longest: int  # an upper bound on prefix_lengths that the host knows; 0 while there is no cache
 
@@ -82,12 +85,13 @@ class GatherAttention(BlockAttention):
             return x.view(num_reqs, -1, x.shape[-1] // dim, dim).transpose(1, 2)  # [num_reqs, heads, block, dim]
 
         queries, keys, values = by_request(q), by_request(k), by_request(v)
-        mask = None
+        rows, length = keys.shape[2], 0
         if self._blocks.longest and attn.kv_cache.numel():
             prefix_keys, prefix_values = self._gather(self.layers[layer])
-            mask = self._mask(prefix_keys.shape[2], keys.shape[2])
+            length = prefix_keys.shape[2]
             keys = torch.cat([prefix_keys, keys], dim=2)
             values = torch.cat([prefix_values, values], dim=2)
+        mask = self._mask(length, rows)
         out = scaled_dot_product_attention(queries, keys, values, mask, scale=attn.impl.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(q.shape)
 
@@ -114,13 +118,17 @@ class GatherAttention(BlockAttention):
             self._pages[key] = pages.flatten(1)
         return self._pages[key]
 
-    def _mask(self, length: int, block: int) -> torch.Tensor:
-        """What rows may see [num_reqs, 1, 1, length + block]: the prefix before the anchor, and all of the block."""
+    def _mask(self, length: int, rows: int) -> torch.Tensor:
+        """Seen by rows [num_reqs, 1, rows or 1, length + rows]: the prefix before their anchor, and their block."""
         if length not in self._masks:
-            lengths = self._blocks.prefix_lengths
-            in_prefix = torch.arange(length, device=lengths.device) < lengths[:, None]
-            in_block = in_prefix.new_ones(lengths.shape[0], block)
-            self._masks[length] = torch.cat([in_prefix, in_block], dim=1)[:, None, None]
+            lengths = self._blocks.prefix_lengths  # [num_reqs, H]
+            in_prefix = torch.arange(length, device=lengths.device) < lengths[..., None]  # [num_reqs, H, length]
+            count = lengths.shape[1]
+            if count > 1:
+                in_prefix = in_prefix.repeat_interleave(rows // count, dim=1)  # [num_reqs, rows, length]
+            block = torch.arange(rows, device=lengths.device) // (rows // count)
+            in_block = block == block[:: rows if count == 1 else 1, None]  # [rows or 1, rows]
+            self._masks[length] = torch.cat([in_prefix, in_block.expand(len(lengths), -1, -1)], dim=2)[:, None]
         return self._masks[length]
 
 

@@ -56,11 +56,25 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     everywhere, and is what "auto" falls back to. "gather" copies the prefix into a dense PyTorch attention; it suits
     CPUs."""
 
+    orthrus_passes: Literal["auto", "one", "two"] = "auto"
+    """"two": draft in a pass of its own after each verification. "one": draft inside the verification, for the outcomes
+    it is likely to have. "auto" chooses one pass where the cache can be read for it."""
+
+    orthrus_hypotheses: int = Field(default=8, ge=1, le=64)
+    """Blocks per request that ride along with a verification, if `orthrus_rows` allows."""
+
+    orthrus_rows: int = Field(default=320, ge=1)
+    """Rows that a forward may hold before it takes noticeably longer than one with few: with more requests there are
+    fewer hypotheses each, and beyond that two passes."""
+
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
     orthrus_mask_token_id: int | None = Field(default=None, ge=0)
     """Filled in from the head: the token that stands for "not known yet" in a block."""
+
+    orthrus_drafting_rows: int | None = Field(default=None, ge=1)
+    """Filled in from the head: how many rows of a block were taught to predict."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ resolves a draft model by a closed list of methods. Orthrus has none to resolve.
@@ -71,6 +85,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         if self.orthrus_attention == "auto" and _is_cpu():
             # Interpreted, the kernel is exact and slow.
             self.orthrus_attention = "gather" if _gathers_well(self.target_model_config.dtype) else "write_through"
+        self._choose_passes()
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
         self.draft_model_config = copy.copy(self.target_model_config)
@@ -134,6 +149,23 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         head.check_complete()
         return head.config
 
+    def _choose_passes(self) -> None:
+        obstacles = [
+            f"{name}={value!r} {reason}"
+            for name, value, reason in (
+                ("orthrus_attention", self.orthrus_attention, "has room for one block per request"),
+                ("use_local_argmax_reduction", self.use_local_argmax_reduction, "hides the drafts' probabilities"),
+                ("orthrus_check_attention", self.orthrus_check_attention, "compares draft passes"),
+            )
+            if value in ("write_through", True)
+        ]
+        if obstacles and self.orthrus_passes == "one":
+            raise ValueError(
+                f"orthrus_passes='one' does not go with {obstacles[0]}. Change that, or leave orthrus_passes at 'auto'."
+            )
+        if self.orthrus_passes == "auto":
+            self.orthrus_passes = "two" if obstacles else "one"
+
     @property
     def slots_written_ahead(self) -> int:
         """Cache slots behind each request that a draft may write to."""
@@ -164,6 +196,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             )
         self.num_speculative_tokens = drafts
         self.orthrus_block_size = block
+        self.orthrus_drafting_rows = most
         self.orthrus_mask_token_id = head.mask_token_id
 
 

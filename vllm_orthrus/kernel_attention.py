@@ -1,5 +1,7 @@
 """Path E: our own kernel reads the target's cache in place; the block's keys and values go nowhere else."""
 
+from collections.abc import Sequence
+
 import torch
 from vllm.platforms import current_platform
 
@@ -36,21 +38,22 @@ def unreadable(layer: CachedLayer) -> str | None:
 class KernelAttention(BlockAttention):
     supports_graphs = True
 
-    def __init__(self, layers: list[CachedLayer], max_num_reqs: int, block: int, device: torch.device) -> None:
+    def __init__(self, layers: list[CachedLayer], rows_by_count: Sequence[int], device: torch.device) -> None:
+        """rows_by_count: rows per request when there are 1, 2, ... requests; 0 where there is no such pass."""
         self.layers = layers
-        self.block = block
         self.device = device
-        self.plans: dict[int, Plan] = {}
+        self.plans: dict[tuple[int, int], Plan] = {}
         # One workspace for all layers and all batch sizes: passes never overlap.
-        needed = [workspace_size(self._make_plan(num_reqs, None)) for num_reqs in range(1, max_num_reqs + 1)]
-        self.workspace = torch.empty(max(needed), dtype=torch.float32, device=device)
+        shapes = [(num_reqs, rows) for num_reqs, rows in enumerate(rows_by_count, 1) if rows]
+        needed = [workspace_size(self._make_plan(num_reqs, rows, None)) for num_reqs, rows in shapes]
+        self.workspace = torch.empty(max(needed, default=0), dtype=torch.float32, device=device)
 
-    def _make_plan(self, num_reqs: int, workspace: torch.Tensor | None) -> Plan:
+    def _make_plan(self, num_reqs: int, rows: int, workspace: torch.Tensor | None) -> Plan:
         attn = self.layers[0].attn
         stored = attn.kv_cache_torch_dtype
         return make_plan(
             num_reqs,
-            self.block,
+            rows,
             attn.num_heads,
             attn.num_kv_heads,
             attn.head_size,
@@ -62,9 +65,10 @@ class KernelAttention(BlockAttention):
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         self._blocks = blocks
-        num_reqs = len(blocks.prefix_lengths)
-        if num_reqs not in self.plans:
-            self.plans[num_reqs] = self._make_plan(num_reqs, self.workspace)
+        num_reqs, rows = blocks.positions.shape
+        if (num_reqs, rows) not in self.plans:
+            self.plans[num_reqs, rows] = self._make_plan(num_reqs, rows, self.workspace)
+        self._plan = self.plans[num_reqs, rows]
         return ForwardInputs()
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -93,7 +97,7 @@ class KernelAttention(BlockAttention):
             blocks.prefix_lengths,
             attn.impl.scale,
             out=out.view(len(q), -1, dim),
-            plan=self.plans[len(blocks.prefix_lengths)],
+            plan=self._plan,
         )
         return out
 

@@ -37,6 +37,7 @@ from vllm_orthrus.integration.runner import (
     set_forward_context,
 )
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
+from vllm_orthrus.onepass import HypothesisRows, OnePass
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
@@ -94,6 +95,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.drafts = torch.zeros(num_reqs, drafts, dtype=torch.int64, device=device)
         self.prefix_blocks: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
 
+        self.hidden = torch.zeros(  # of the blocks that were drafted last
+            num_reqs, self.block, vllm_config.model_config.get_hidden_size(), dtype=self.dtype, device=device
+        )
+        self.one_pass: OnePass | None = None
+        self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
+        self.logits: torch.Tensor | None = None  # of the rows being sampled, if they are known already
+
         self.row_offsets = torch.arange(self.block, device=device)
         self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(num_reqs)
         self.attention: BlockAttention | None = None
@@ -124,6 +132,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self.block,
             self.num_speculative_steps,
         )
+        if config.orthrus_passes == "one":
+            self.one_pass = OnePass(view, self.vllm_config, self.max_num_reqs, self.device)
         return view.eval()
 
     def set_attn(
@@ -146,6 +156,21 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             for attn in self._target_attention()
         ]
         self.attention = self._choose_attention(layers, kv_cache_config)
+        if self.one_pass is not None:
+            self._bind_one_pass(self.one_pass, layers)
+
+    def _bind_one_pass(self, one_pass: OnePass, layers: list[CachedLayer]) -> None:
+        beside: BlockAttention | None = None
+        if isinstance(self.attention, GatherAttention):
+            beside = GatherAttention(layers)
+        elif isinstance(self.attention, KernelAttention):
+            counts = range(1, self.max_num_reqs + 1)
+            beside = KernelAttention(layers, [self.block * one_pass.num_hypotheses(n) for n in counts], self.device)
+        else:
+            logger.info(
+                "Orthrus drafts in a pass of its own: only our kernel reads a cache for several blocks at once."
+            )
+        one_pass.bind(beside, self.block_tables.input_block_tables)
 
     def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:
         config = self.speculative_config
@@ -155,7 +180,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         elif wanted != "write_through":
             problem = next(filter(None, map(unreadable, layers)), None)
             if problem is None:
-                path = KernelAttention(layers, self.max_num_reqs, self.block, self.device)
+                path = KernelAttention(layers, [self.block] * self.max_num_reqs, self.device)
             elif wanted == "kernel":
                 raise ValueError(
                     f"orthrus_attention='kernel' cannot read this cache: {problem}. Leave orthrus_attention at 'auto'."
@@ -219,6 +244,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         num_reqs = input_batch.num_reqs
         drafts: torch.Tensor = self.draft_tokens[:num_reqs]  # [num_reqs, K]
         if num_speculative_tokens == 0:
+            self.current[input_batch.idx_mapping_np[:num_reqs]] = False
             return drafts
         self.temperature.copy_(temperature)
         self.seeds.copy_(seeds)
@@ -227,6 +253,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._run(num_reqs, longest=0, eager=is_profile)
             return drafts
 
+        slots = input_batch.idx_mapping_np[:num_reqs]
+        rows = self.one_pass.results(input_batch) if self.one_pass is not None else None
+        if rows is not None and self.current[slots].all():
+            self._take_up(rows, input_batch, num_sampled, num_rejected, last_sampled, drafts)
+            return drafts
+
+        self.current[slots] = False
         drafts.fill_(-1)  # "no draft", for requests that are still reading their prompt
         drafting = _past_prompt(input_batch)
         if len(drafting) == 0:
@@ -235,8 +268,56 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self._prepare_blocks(rows, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self._run(len(drafting), longest, eager=False)
+        if self.one_pass is not None:
+            n = len(drafting)
+            self.one_pass.state.begin(self.slots[:n, 0], self.hidden[:n])
+            self._sample_and_guess(n)
+            self.current[slots[drafting]] = True
         drafts[rows] = self.drafts[: len(drafting)]
         return drafts
+
+    def _take_up(
+        self,
+        rows: HypothesisRows,
+        batch: InputBatch,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        drafts: torch.Tensor,
+    ) -> None:
+        """One pass: the drafts are rows of a block that this verification carried, or of the one before it."""
+        assert self.one_pass is not None
+        n, state = batch.num_reqs, self.one_pass.state
+        slot = batch.idx_mapping[:n]
+        anchor = last_sampled[slot, 0]
+        hidden = rows.hidden.view(n, -1, self.block, rows.hidden.shape[1])
+        state.settle(slot, rows.blocks.prefix_lengths, hidden, num_sampled[:n], anchor)
+        last_kept = batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
+        self.positions[:n, 0] = batch.positions[last_kept] + 1
+        self.input_ids[:n, 0] = anchor
+        self.slots[:n] = slot[:, None]
+        self._sample_and_guess(n)
+        drafts.copy_(self.drafts[:n])
+
+    def _sample_and_guess(self, n: int) -> None:
+        """Sample drafts from the blocks at hand, and choose hypotheses about what will become of them."""
+        assert self.one_pass is not None
+        state, slot = self.one_pass.state, self.slots[:n, 0]
+        hidden = state.drafting(slot)  # [n, K + 1, hidden]
+        logits = self.model.compute_logits(hidden.flatten(0, 1)).view(n, hidden.shape[1], -1)
+        anchor_position, anchor = self.positions[:n, 0], self.input_ids[:n, 0]
+        # A draw is keyed by the step as well as by its place: which block it came from depended on earlier draws.
+        steps = (
+            anchor_position[:, None] * (self.num_speculative_steps + 1)
+            + self.draft_columns[: self.num_speculative_steps]
+        )
+        self.logits = logits[:, :-1].flatten(0, 1)
+        self._sample(n, hidden[:, :-1], steps)
+        self.logits = None
+        state.choose(slot, anchor_position, anchor, logits, self.drafts[:n], self.temperature[slot])
+
+    def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
+        return self.model.compute_logits(hidden_states) if self.logits is None else self.logits
 
     def _prepare_blocks(
         self,
@@ -290,7 +371,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
 
     def _blocks(self, num_reqs: int, longest: int) -> Blocks:
         tables = [blocks[:num_reqs] for blocks in self.prefix_blocks]
-        return Blocks(self.positions[:num_reqs], self.prefix_lengths[:num_reqs], tables, longest)
+        return Blocks(self.positions[:num_reqs], self.prefix_lengths[:num_reqs, None], tables, longest)
 
     def _draft(self, num_reqs: int, attention: BlockAttention, context: ForwardInputs) -> None:
         """The draft pass itself, on buffers only: this is what a CUDA graph captures."""
@@ -301,10 +382,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             slot_mapping=context.slot_mapping,
         ):
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
-        hidden = hidden.view(num_reqs, self.block, -1)[:, : self.num_speculative_steps]  # [num_reqs, K, hidden]
+        hidden = hidden.view(num_reqs, self.block, -1)
+        if self.one_pass is not None:
+            self.hidden[:num_reqs] = hidden
+            return
+        # A draw is keyed by the position of the row it comes from.
+        self._sample(num_reqs, hidden[:, : self.num_speculative_steps], self.positions[:num_reqs])
+
+    def _sample(self, num_reqs: int, hidden: torch.Tensor, keys: torch.Tensor) -> None:
+        """Draw each request's drafts from its rows: hidden [num_reqs, K, hidden], keys [num_reqs, K or more]."""
         sampled = self.sample_draft(
             hidden.flatten(0, 1),
-            self.positions[:num_reqs, : self.num_speculative_steps].flatten(),  # a draw is keyed by the row it is from
+            keys[:, : self.num_speculative_steps].flatten(),
             self.slots[:num_reqs].flatten(),
             self.temperature,
             self.seeds,

@@ -57,7 +57,7 @@ class WriteThroughAttention(BlockAttention):
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         num_reqs = len(blocks.prefix_lengths)
         lengths = self.lengths[:num_reqs]
-        torch.add(blocks.prefix_lengths, self.block, out=lengths).clamp_(max=self.max_model_len)
+        torch.add(blocks.prefix_lengths[:, 0], self.block, out=lengths).clamp_(max=self.max_model_len)
         for group, size in self.block_sizes.items():
             self._write_slots(self.slots[group, :num_reqs], blocks, blocks.block_tables[group], size)
         longest = min(blocks.longest + self.block, self.max_model_len)
@@ -83,7 +83,7 @@ class WriteThroughAttention(BlockAttention):
 
     def _write_slots(self, slots: torch.Tensor, blocks: Blocks, table: torch.Tensor, size: int) -> None:
         """Where each row's key and value go [num_reqs, block]; -1 for rows that have no place of their own."""
-        positions = blocks.prefix_lengths[:, None].long() + torch.arange(self.block, device=slots.device)
+        positions = blocks.prefix_lengths.long() + torch.arange(self.block, device=slots.device)
         inside = positions < self.max_model_len
         positions = positions.clamp(max=self.max_model_len - 1)
         block_ids = table.gather(1, positions // size).long()
@@ -114,7 +114,7 @@ class CheckedAttention(BlockAttention):
             self.report()
         self.drafts += 1
         # A padded block means nothing, and of one that reaches past the context limit only a part has slots.
-        prefix, width = blocks.prefix_lengths, blocks.positions.shape[1]
+        prefix, width = blocks.prefix_lengths[:, 0], blocks.positions.shape[1]
         comparable = (prefix > 0) & (prefix + width <= self.reference.max_model_len)
         self.comparable = comparable.repeat_interleave(width)  # [rows]
         self.path.begin(blocks, capturing)

@@ -2,7 +2,7 @@
 
 from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 from vllm.utils.torch_utils import async_tensor_h2d, set_default_torch_dtype
@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "BlockTables",
     "CUDAGraphMode",
     "CudaGraphManager",
+    "DefaultModelState",
     "DraftModelSpeculator",
     "InputBatch",
     "KVCacheConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "async_tensor_h2d",
     "build_attn_metadata",
     "build_slot_mappings_by_layer",
+    "get_forward_context",
     "init_attn_backend",
     "initialize_single_dummy_weight",
     "process_weights_after_loading",

@@ -1,0 +1,145 @@
+"""What one-pass drafting remembers of each request from one step to the next, by slot and on the device."""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_orthrus import policy
+from vllm_orthrus.integration.runner import VllmConfig
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
+
+
+class Rows(NamedTuple):
+    """Hypotheses as blocks. prefix_lengths is -1 where there is none."""
+
+    input_ids: torch.Tensor  # [n, H, block]
+    positions: torch.Tensor
+    prefix_lengths: torch.Tensor  # [n, H]
+
+
+class HypothesisState:
+    """For each slot: the newest block at hand, the drafts taken from it, and the hypotheses about their fate."""
+
+    COUNTERS = ("verifications", "hits", "accepted_count_missed", "bonus_missed")
+
+    def __init__(self, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
+        config, model = vllm_config.speculative_config, vllm_config.model_config
+        self.vllm_config = vllm_config
+        self.block, self.drafting_rows = config.orthrus_block_size, config.orthrus_drafting_rows
+        self.num_drafts, self.count = config.num_speculative_tokens, config.orthrus_hypotheses
+        self.mask_token_id = config.orthrus_mask_token_id
+        block, num_drafts, hypotheses = self.block, self.num_drafts, self.count
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
+
+        self.block_hidden = zeros(block, model.get_hidden_size(), dtype=model.dtype)  # of the newest block
+        self.offset = zeros()  # its row that predicts what follows the anchor
+        self.anchor_position = zeros() - 1  # where the next verification must start for any of this to apply
+        self.accepted = zeros(hypotheses) + NONE
+        self.token = zeros(hypotheses)
+        places, candidates = num_drafts + 1, policy.CANDIDATES
+        self.drafts = policy.Drafts(
+            tokens=zeros(num_drafts),
+            real=zeros(),
+            offset=zeros(),
+            confidence=zeros(num_drafts, dtype=torch.float32),
+            candidates=zeros(places, candidates),
+            share=zeros(places, candidates, dtype=torch.float32),
+        )
+        self.sampled = zeros(dtype=torch.bool)
+        self.history = policy.new_history(max_num_reqs, device)
+        self.calibration = policy.new_calibration(device)
+        self.values = policy.block_values(block, self.drafting_rows, hypotheses, device)
+        self.row_offsets = torch.arange(block, device=device)
+        self.places = torch.arange(places, device=device)
+        self.counters = torch.zeros(len(self.COUNTERS), dtype=torch.int64, device=device)
+
+    def begin(self, slot: torch.Tensor, block_hidden: torch.Tensor) -> None:
+        """A separate draft pass has given these requests a new block: block_hidden [n, block, hidden]."""
+        self.block_hidden[slot] = block_hidden
+        self.offset[slot] = 0
+        for part in self.history:
+            part[slot] = 0
+
+    def rows(self, slot: torch.Tensor, anchor_position: torch.Tensor, num_drafts: torch.Tensor, count: int) -> Rows:
+        """The blocks of the `count` best hypotheses for a verification of `num_drafts` [n] behind the anchors."""
+        accepted = self.accepted[slot, :count]  # [n, H]
+        current = (self.anchor_position[slot] == anchor_position)[:, None]
+        real = current & (accepted != NONE) & (accepted <= num_drafts[:, None])
+        prefix = torch.where(real, anchor_position[:, None] + accepted + 1, -1)  # [n, H]
+        last = self.vllm_config.model_config.max_model_len - 1
+        # Drafts beyond the context limit are never scheduled, but their rows need a position.
+        positions = (prefix.clamp(min=0)[..., None] + self.row_offsets).clamp(max=last)  # [n, H, block]
+        input_ids = torch.full_like(positions, self.mask_token_id)
+        input_ids[..., 0] = torch.where(real, self.token[slot, :count], 0)
+        return Rows(input_ids, positions, prefix)
+
+    def settle(
+        self,
+        slot: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        hidden: torch.Tensor,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+    ) -> None:
+        """Verification has spoken: take up the newest block it made useful.
+
+        prefix_lengths [n, H] as the rows had them; hidden [n, H, block, hidden]; last_sampled [n], the bonus.
+        """
+        count = prefix_lengths.shape[1]
+        accepted = torch.where(prefix_lengths >= 0, self.accepted[slot, :count], NONE)
+        hypotheses = Hypotheses(accepted, self.token[slot, :count])
+        drafts = policy.Drafts(*(part[slot] for part in self.drafts))
+        match = match_outcome(hypotheses, drafts.tokens, num_sampled, last_sampled, self.offset[slot])
+        found = match.which >= 0
+        chosen = hidden[torch.arange(len(slot), device=slot.device), match.which.clamp(min=0)]  # [n, block, hidden]
+        self.block_hidden[slot] = torch.where(found[:, None, None], chosen, self.block_hidden[slot])
+        self.offset[slot] = match.offset
+
+        hit = found & (match.offset == 0)
+        covered = count_covered(hypotheses, drafts.tokens, drafts.real, num_sampled - 1)
+        self.counters += torch.stack([torch.ones_like(hit), hit, ~hit & ~covered, ~hit & covered]).sum(1)
+        history = policy.History(*(part[slot] for part in self.history))
+        self.calibration, history = policy.update_calibration(
+            self.calibration, history, drafts, self.sampled[slot], num_sampled, last_sampled
+        )
+        for part, new in zip(self.history, history, strict=True):
+            part[slot] = new
+
+    def drafting(self, slot: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the rows that draft next, and of the one behind them: [n, K + 1, hidden]."""
+        rows = (self.offset[slot][:, None] + self.places).clamp(max=self.block - 1)  # [n, K + 1]
+        return self.block_hidden[slot[:, None], rows]
+
+    def choose(
+        self,
+        slot: torch.Tensor,
+        anchor_position: torch.Tensor,
+        anchor: torch.Tensor,
+        logits: torch.Tensor,
+        drafts: torch.Tensor,
+        temperature: torch.Tensor,
+    ) -> None:
+        """Decide which hypotheses the next verification carries. logits [n, K + 1, vocabulary]; drafts [n, K]."""
+        offset = self.offset[slot]
+        count = policy.draft_count(offset, self.num_drafts, self.drafting_rows)
+        sampled = temperature > 0
+        scaled = logits.float() / torch.where(sampled, temperature, 1)[:, None, None]
+        described = policy.describe_drafts(scaled.softmax(-1), drafts, count, offset, self.block)
+        history = policy.History(*(part[slot] for part in self.history))
+        chosen = choose_hypotheses(
+            policy.outcome_chances(self.calibration, history, described, sampled),
+            policy.bonus_chances(self.calibration, described, sampled),
+            described.candidates,
+            drafts,
+            anchor,
+            offset,
+            self.values,
+            self.count,
+        )
+        for part, new in zip(self.drafts, described, strict=True):
+            part[slot] = new
+        self.accepted[slot], self.token[slot] = chosen.accepted, chosen.token
+        self.sampled[slot] = sampled
+        self.anchor_position[slot] = anchor_position

@@ -1,0 +1,191 @@
+"""One pass: draft blocks for the outcomes that verification may have, computed inside that very verification.
+
+The target's forward gets the rows of H hypotheses per request behind its own. In every layer the verification rows go
+first and write their keys and values; the hypothesis rows then take the diffusion projections and see the prefix that
+their hypothesis stands for, drafts included:
+
+    ar, hy = attention(norm(hidden)[verification]), diffusion(norm(hidden)[hypotheses])
+    hidden = mlp(norm(concat(ar, hy)))
+
+Norms, MLPs and the embedding serve both kinds of rows in one product. A hypothesis that comes true is therefore exactly
+the block a separate draft pass would have computed, and there is one full-depth forward per engine step.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_orthrus.attention import BlockAttention, Blocks
+from vllm_orthrus.hypothesis_state import HypothesisState
+from vllm_orthrus.integration.runner import (
+    CUDAGraphMode,
+    DefaultModelState,
+    InputBatch,
+    VllmConfig,
+    get_forward_context,
+)
+from vllm_orthrus.view import DiffusionView
+
+
+class HypothesisRows(NamedTuple):
+    """Rows that ride along with a verification. Views of buffers that stay where they are."""
+
+    input_ids: torch.Tensor  # [num_reqs * H * block]
+    positions: torch.Tensor  # [num_reqs * H * block]
+    blocks: Blocks
+    hidden: torch.Tensor  # [num_reqs * H * block, hidden], filled by the forward
+
+
+class OnePass:
+    """The target's forward with hypothesis rows, and the buffers that those rows live in."""
+
+    def __init__(self, view: DiffusionView, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
+        config = vllm_config.speculative_config
+        self.view = view
+        self.block, self.verified = config.orthrus_block_size, config.num_speculative_tokens + 1
+        self.most_hypotheses = config.orthrus_hypotheses
+        self.most_rows = min(config.orthrus_rows, vllm_config.scheduler_config.max_num_batched_tokens)
+        self.max_num_reqs = max_num_reqs
+        self.state = HypothesisState(vllm_config, max_num_reqs, device)
+        self.plain_forward = view.target.forward
+        self.attention: BlockAttention | None = None  # known once there is a cache
+        self.tables: list[torch.Tensor] = []
+
+        most = self.block * max(count * self.num_hypotheses(count) for count in range(1, max_num_reqs + 1))
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        self.input_ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self.prefix_lengths = torch.full((most // self.block,), -1, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(most, hidden_size, dtype=vllm_config.model_config.dtype, device=device)
+        # About the forward that ran last. A replayed graph runs no Python and leaves the second and third alone.
+        self.prepared = False
+        self.ran_in_python = False
+        self.ran_with_rows = False
+        self._attach()
+
+    def _attach(self) -> None:
+        """Give this instance of the target the forward below, and a model state that feeds it."""
+        target = self.view.target
+        target.forward = lambda *inputs, **named: self.forward(*inputs, **named)
+        state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
+        target.get_model_state_cls = lambda: state
+
+    def bind(self, attention: BlockAttention | None, tables: list[torch.Tensor]) -> None:
+        """There is a cache now. Without an attention for several blocks at once, everything stays as it was."""
+        self.attention, self.tables = attention, tables
+
+    def num_hypotheses(self, num_reqs: int) -> int:
+        """How many blocks per request ride along with the verification of this many requests."""
+        left = self.most_rows // num_reqs - self.verified
+        return int(min(max(0, left // self.block), self.most_hypotheses))
+
+    def prepare(self, batch: InputBatch) -> HypothesisRows | None:
+        """The rows for this batch, if it only decodes; rows without a hypothesis if a graph holds their places."""
+        self.prepared = self.ran_in_python = self.ran_with_rows = False
+        num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
+        count = self.num_hypotheses(padded)
+        if self.attention is None or count == 0:
+            return None
+        longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        views = self._views(padded, count, longest)
+        views.blocks.prefix_lengths[num_reqs:] = -1
+        computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
+        if not (computed >= prompt).all():
+            views.blocks.prefix_lengths.fill_(-1)
+            return views
+        starts = batch.query_start_loc[: num_reqs + 1].long()
+        anchor_positions = batch.positions[starts[:-1]]  # [num_reqs]
+        rows = self.state.rows(batch.idx_mapping[:num_reqs], anchor_positions, starts.diff() - 1, count)
+        size = num_reqs * count * self.block
+        views.input_ids[:size] = rows.input_ids.flatten()
+        views.blocks.positions[:num_reqs] = rows.positions.flatten(1)
+        views.blocks.prefix_lengths[:num_reqs] = rows.prefix_lengths
+        self.prepared = True
+        return views
+
+    def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
+        """Rows without a hypothesis, to capture a graph with."""
+        if self.attention is None or not self._in_graph(num_reqs, num_tokens):
+            return None
+        views = self._views(num_reqs, self.num_hypotheses(num_reqs), 0)
+        views.blocks.prefix_lengths.fill_(-1)
+        return views
+
+    def _in_graph(self, num_reqs: int, num_tokens: int) -> bool:
+        """Whether a graph of this shape was captured with rows."""
+        return num_tokens == num_reqs * self.verified and self.num_hypotheses(num_reqs) > 0
+
+    def _views(self, num_reqs: int, count: int, longest: int) -> HypothesisRows:
+        blocks = num_reqs * count
+        rows = blocks * self.block
+        return HypothesisRows(
+            self.input_ids[:rows],
+            self.positions[:rows],
+            Blocks(
+                self.positions[:rows].view(num_reqs, -1),
+                self.prefix_lengths[:blocks].view(num_reqs, count),
+                [table[:num_reqs] for table in self.tables],
+                longest,
+            ),
+            self.hidden[:rows],
+        )
+
+    def results(self, batch: InputBatch) -> HypothesisRows | None:
+        """What the rows that were prepared for this batch came to, if they took part in its forward."""
+        padded = batch.num_reqs_after_padding
+        in_graph = self._in_graph(padded, batch.num_tokens_after_padding)
+        if not self.prepared or not (self.ran_with_rows if self.ran_in_python else in_graph):
+            return None
+        return self._views(batch.num_reqs, self.num_hypotheses(padded), 0)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        hypotheses: HypothesisRows | None = None,
+    ) -> Any:
+        context = get_forward_context()
+        self.ran_in_python = True
+        # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no place for rows.
+        # A run without a cache only measures memory, and rows fit into the batch's own limit.
+        self.ran_with_rows = (
+            hypotheses is not None
+            and context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+            and context.attn_metadata is not None
+        )
+        if not self.ran_with_rows:
+            return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        assert hypotheses is not None and self.attention is not None
+        self.attention.begin(hypotheses.blocks)
+        base, split = self.view.target.model, len(positions)
+        embedded = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = torch.cat([embedded, base.embed_tokens(hypotheses.input_ids)])
+        residual = None
+        for index, (layer, diffusion) in enumerate(zip(base.layers, self.view.layers, strict=True)):
+            if residual is None:
+                residual, hidden = hidden, layer.input_layernorm(hidden)
+            else:
+                hidden, residual = layer.input_layernorm(hidden, residual)
+            verified = layer.self_attn(positions=positions, hidden_states=hidden[:split])
+            drafted = diffusion(hypotheses.positions, hidden[split:], layer.self_attn.rotary_emb, self.attention, index)
+            hidden, residual = layer.post_attention_layernorm(torch.cat([verified, drafted]), residual)
+            hidden = layer.mlp(hidden)
+        hidden, _ = base.norm(hidden, residual)
+        hypotheses.hidden.copy_(hidden[split:])
+        return hidden[:split]
+
+
+class OnePassModelState(DefaultModelState):  # type: ignore[misc]
+    """vLLM's hook for models with inputs of their own: here, the hypothesis rows."""
+
+    one_pass: OnePass  # set on the subclass that `OnePass` makes
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: Any) -> dict[str, Any]:
+        rows = self.one_pass.prepare(input_batch)
+        return {**super().prepare_inputs(input_batch, req_states), "hypotheses": rows}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        rows = self.one_pass.dummy(num_reqs, num_tokens)
+        return {**super().prepare_dummy_inputs(num_reqs, num_tokens), "hypotheses": rows}
