@@ -70,8 +70,8 @@ class OnePass:
         state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
         target.get_model_state_cls = lambda: state
 
-    def bind(self, attention: BlockAttention | None, tables: list[torch.Tensor]) -> None:
-        """There is a cache now. Without an attention for several blocks at once, everything stays as it was."""
+    def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
+        """There is a cache now; until then, and without this call, the target's forward is as it was."""
         self.attention, self.tables = attention, tables
 
     def num_hypotheses(self, num_reqs: int) -> int:

@@ -160,16 +160,14 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._bind_one_pass(self.one_pass, layers)
 
     def _bind_one_pass(self, one_pass: OnePass, layers: list[CachedLayer]) -> None:
-        beside: BlockAttention | None = None
-        if isinstance(self.attention, GatherAttention):
-            beside = GatherAttention(layers)
-        elif isinstance(self.attention, KernelAttention):
+        if isinstance(self.attention, WriteThroughAttention):
+            logger.info("Orthrus drafts in a pass of its own: slots behind a request have room for one block only.")
+            self.one_pass = None
+            return
+        beside: BlockAttention = GatherAttention(layers)
+        if isinstance(self.attention, KernelAttention):
             counts = range(1, self.max_num_reqs + 1)
             beside = KernelAttention(layers, [self.block * one_pass.num_hypotheses(n) for n in counts], self.device)
-        else:
-            logger.info(
-                "Orthrus drafts in a pass of its own: only our kernel reads a cache for several blocks at once."
-            )
         one_pass.bind(beside, self.block_tables.input_block_tables)
 
     def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:
@@ -251,12 +249,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if dummy_run:
             self._clear_rows(0)
             self._run(num_reqs, longest=0, eager=is_profile)
+            self._finish(num_reqs)
             return drafts
 
         slots = input_batch.idx_mapping_np[:num_reqs]
-        rows = self.one_pass.results(input_batch) if self.one_pass is not None else None
-        if rows is not None and self.current[slots].all():
-            self._take_up(rows, input_batch, num_sampled, num_rejected, last_sampled, drafts)
+        carried = self.one_pass.results(input_batch) if self.one_pass is not None else None
+        if carried is not None and self.current[slots].all():
+            self._take_up(carried, input_batch, num_sampled, num_rejected, last_sampled, drafts)
             return drafts
 
         self.current[slots] = False
@@ -268,17 +267,24 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self._prepare_blocks(rows, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self._run(len(drafting), longest, eager=False)
-        if self.one_pass is not None:
-            n = len(drafting)
-            self.one_pass.state.begin(self.slots[:n, 0], self.hidden[:n])
-            self._sample_and_guess(n)
-            self.current[slots[drafting]] = True
+        self.current[slots[drafting]] = self._finish(len(drafting))
         drafts[rows] = self.drafts[: len(drafting)]
         return drafts
 
+    def _finish(self, n: int) -> bool:
+        """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one."""
+        if self.one_pass is None:  # the pass has drafted already
+            return False
+        if self.one_pass.num_hypotheses(n) == 0:
+            self._sample(n, self.hidden[:n, : self.num_speculative_steps], self.positions[:n])
+            return False
+        self.one_pass.state.begin(self.slots[:n, 0], self.hidden[:n])
+        self._sample_and_guess(n)
+        return True
+
     def _take_up(
         self,
-        rows: HypothesisRows,
+        carried: HypothesisRows,
         batch: InputBatch,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
@@ -290,8 +296,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         n, state = batch.num_reqs, self.one_pass.state
         slot = batch.idx_mapping[:n]
         anchor = last_sampled[slot, 0]
-        hidden = rows.hidden.view(n, -1, self.block, rows.hidden.shape[1])
-        state.settle(slot, rows.blocks.prefix_lengths, hidden, num_sampled[:n], anchor)
+        hidden = carried.hidden.view(n, -1, self.block, carried.hidden.shape[1])
+        state.settle(slot, carried.blocks.prefix_lengths, hidden, num_sampled[:n], anchor)
         last_kept = batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
         self.positions[:n, 0] = batch.positions[last_kept] + 1
         self.input_ids[:n, 0] = anchor

@@ -42,6 +42,7 @@ def oracle_config(tiny: Checkpoints, path: str) -> dict[str, Any]:
         "model": str(tiny.copy_head),
         "num_speculative_tokens": 1,
         "orthrus_attention": path,
+        "orthrus_passes": "two",
     }
 
 

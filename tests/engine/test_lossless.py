@@ -14,10 +14,11 @@ from tests.engine.harness import Engine, prompts
 from vllm_orthrus.speculator import OrthrusSpeculator
 
 
-@pytest.fixture(scope="module")
-def drafting(start: StartEngine, tiny: Checkpoints) -> Engine:
+@pytest.fixture(scope="module", params=["one", "two"])
+def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureRequest) -> Engine:
     """A bad head on purpose: acceptance is its business, the text is not."""
-    return start({"method": "orthrus", "model": str(tiny.block_head)})
+    settings = {"orthrus_passes": request.param, "orthrus_hypotheses": 3, "orthrus_rows": 256}
+    return start({"method": "orthrus", "model": str(tiny.block_head)} | settings)
 
 
 def test_greedy(drafting: Engine, plain: Engine) -> None:

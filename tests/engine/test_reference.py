@@ -82,6 +82,7 @@ def reference(tiny: Checkpoints) -> Reference:
 def drafting(start: StartEngine, tiny: Checkpoints, path: str) -> Engine:
     """Blocks of eight rows from a head that drafts badly, so that most drafts are rejected."""
     settings = {"model": str(tiny.block_head), "num_speculative_tokens": 5, "orthrus_attention": path}
+    settings |= {"orthrus_passes": "two"}
     return start({"method": "orthrus"} | settings)
 
 

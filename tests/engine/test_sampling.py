@@ -13,6 +13,7 @@ from tests.engine.harness import Engine
 pytestmark = pytest.mark.slow
 
 SAMPLES, LENGTH, VOCAB = 320, 8, 12
+ROWS = {"orthrus_rows": 64 * 4 * 6, "orthrus_hypotheses": 3}  # room for one pass with all requests at once
 Tokens = np.ndarray[Any, np.dtype[np.int64]]  # [samples, length]
 
 
@@ -68,9 +69,11 @@ def plain_samples(start: StartEngine, small: tuple[Path, Path]) -> Tokens:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"draft_sample_method": "greedy"},
-        {"draft_sample_method": "probabilistic"},
-        {"draft_sample_method": "probabilistic", "rejection_sample_method": "block"},
+        {"draft_sample_method": "greedy", "orthrus_passes": "two"},
+        {"draft_sample_method": "probabilistic", "orthrus_passes": "two"},
+        {"draft_sample_method": "probabilistic", "orthrus_passes": "two", "rejection_sample_method": "block"},
+        {"draft_sample_method": "greedy", "orthrus_passes": "one"},
+        {"draft_sample_method": "probabilistic", "orthrus_passes": "one"},
     ],
     ids=lambda settings: "-".join(settings.values()),
 )
@@ -78,7 +81,7 @@ def test_same_distribution(
     settings: dict[str, Any], start: StartEngine, small: tuple[Path, Path], plain_samples: Tokens
 ) -> None:
     base, head = small
-    engine = start({"method": "orthrus", "model": str(head)} | settings, model=base, max_num_seqs=64)
+    engine = start({"method": "orthrus", "model": str(head)} | ROWS | settings, model=base, max_num_seqs=64)
     assert probability_of_same_source(sample(engine, seed=2), plain_samples) > 0.005
 
 

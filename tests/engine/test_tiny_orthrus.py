@@ -43,7 +43,8 @@ def held_out(start: StartEngine) -> HeldOut:
 @pytest.mark.parametrize("batch", [16, 1])
 def test_identical_text_at_the_reference_rate(batch: int, start: StartEngine, held_out: HeldOut) -> None:
     prompts, greedy = held_out.prompts[:: STEP[batch]], held_out.greedy[:: STEP[batch]]
-    engine = start({"method": "orthrus", "model": str(TINY / "head")}, TINY / "base", max_num_seqs=batch, **SETTINGS)
+    two_pass = {"method": "orthrus", "model": str(TINY / "head"), "orthrus_passes": "two"}
+    engine = start(two_pass, TINY / "base", max_num_seqs=batch, **SETTINGS)
     run = engine.run(prompts, LENGTH)
     different = [index for index, tokens in enumerate(run.tokens) if tokens != greedy[index]]
     assert not different, f"{len(different)} of {len(prompts)} prompts continue differently"

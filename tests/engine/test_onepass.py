@@ -1,0 +1,217 @@
+"""One pass: hypothesis rows inside the verification are what a separate draft pass would have computed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.harness import Engine, prompts
+from vllm_orthrus.attention import Blocks, CachedLayer, GatherAttention
+from vllm_orthrus.hypothesis_state import HypothesisState
+from vllm_orthrus.onepass import HypothesisRows, OnePass
+from vllm_orthrus.speculator import OrthrusSpeculator
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def one_pass(head: Any, **settings: Any) -> dict[str, Any]:
+    few = {"orthrus_passes": "one", "orthrus_hypotheses": 4, "orthrus_rows": 512, "num_speculative_tokens": 5}
+    return {"method": "orthrus", "model": str(head)} | few | settings
+
+
+class Comparison(NamedTuple):
+    worst: float
+    blocks: int
+
+
+class Comparer:
+    """Runs a draft pass of its own for every hypothesis of every step, right after the forward that carried it."""
+
+    def __init__(self) -> None:
+        self.worst, self.blocks = 0.0, 0
+
+    def compare(self, speculator: OrthrusSpeculator, rows: HypothesisRows, longest: int) -> None:
+        one = speculator.one_pass
+        assert one is not None
+        tables = speculator.block_tables
+        groups = [tables.block_sizes[0]]
+        attention = GatherAttention([CachedLayer(attn, 0, groups[0]) for attn in speculator._target_attention()])
+        prefixes = rows.blocks.prefix_lengths  # [n, H]
+        n, count = prefixes.shape
+        positions = rows.positions.view(n, count, -1)
+        carried = rows.hidden.view(n, count, speculator.block, -1)
+        for which in range(count):
+            attention.begin(
+                Blocks(positions[:, which], prefixes[:, which : which + 1], rows.blocks.block_tables, longest)
+            )
+            ids = rows.input_ids.view(n, count, -1)[:, which].flatten()
+            hidden = speculator.model(ids, positions[:, which].flatten(), attention).view(n, speculator.block, -1)
+            real = prefixes[:, which] >= 0
+            if real.any():
+                self.worst = max(self.worst, float((hidden - carried[:, which])[real].abs().max()))
+                self.blocks += int(real.sum())
+
+
+@pytest.fixture
+def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
+    comparer, propose = Comparer(), OrthrusSpeculator.propose
+
+    @torch.inference_mode()
+    def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
+        rows = self.one_pass.results(batch) if self.one_pass is not None and not named.get("dummy_run") else None
+        if rows is not None:
+            comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
+        return propose(self, batch, *rest, **named)
+
+    monkeypatch.setattr(OrthrusSpeculator, "propose", compare_and_propose)
+    yield comparer
+
+
+def carries_exact_blocks(engine: Engine, comparer: Comparer, count: int = 8, **sampling: Any) -> bool:
+    run = engine.run(prompts(count, shortest=20), 40, **sampling)
+    assert 0 < run.counts.accepted < run.counts.drafted
+    assert comparer.blocks > 5 * count, "hardly any hypotheses were carried"
+    return comparer.worst <= 1e-4
+
+
+@pytest.fixture(scope="module", params=["gather", "kernel"])
+def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureRequest) -> Engine:
+    return start(one_pass(tiny.block_head, orthrus_attention=request.param), max_num_batched_tokens=512)
+
+
+def test_blocks_are_those_of_a_separate_pass(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
+    attention = drafting.runner.speculator.one_pass.attention
+    count = 8 if isinstance(attention, GatherAttention) else 2  # interpreted kernels take their time
+    assert carries_exact_blocks(drafting, comparer, count)
+    given = prompts(count, shortest=20)
+    assert drafting.run(given, 40).tokens == plain.run(given, 40).tokens
+
+
+def test_with_sampling(drafting: Engine, comparer: Comparer) -> None:
+    assert carries_exact_blocks(drafting, comparer, 2, temperature=0.8, seed=3)
+
+
+def test_chunked_prefill_preemption_and_prefix_hits(
+    start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer
+) -> None:
+    engine = start(
+        one_pass(tiny.block_head, orthrus_rows=4096, orthrus_block_size=3, orthrus_hypotheses=2),
+        max_num_batched_tokens=128,
+        enable_prefix_caching=True,
+        num_gpu_blocks_override=18,
+    )
+    shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
+    expected = plain.run(shared, 60).tokens
+    first, again = engine.run(shared, 60), engine.run(shared, 60)
+    assert first.tokens == again.tokens == expected
+    assert first.preemptions + again.preemptions > 0
+    assert again.cached_tokens > 0
+    assert comparer.blocks > 50
+    assert comparer.worst <= 1e-4
+
+
+def test_context_limit(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
+    long = [[(5 * j) % 250 for j in range(240)], [(3 * j) % 250 for j in range(247)]]
+    assert drafting.run(long, 64).tokens == plain.run(long, 64).tokens
+    assert comparer.blocks > 0
+    assert comparer.worst <= 1e-4
+
+
+def test_more_requests_than_rows_allow(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
+    """Few requests get many hypotheses, more get fewer, and beyond that drafts come from a pass of their own."""
+    engine = start(one_pass(tiny.block_head, orthrus_rows=100))
+    counts = [engine.runner.speculator.one_pass.num_hypotheses(count) for count in (1, 2, 4, 7, 8)]
+    assert counts == [4, 4, 2, 1, 0]
+    given = prompts(8)
+    # Different lengths, so that requests leave one by one and the batch passes through all of these.
+    tokens = [engine.run(given[: count + 1], 8 + 6 * count).tokens for count in range(8)]
+    assert tokens == [plain.run(given[: count + 1], 8 + 6 * count).tokens for count in range(8)]
+    carried = engine.runner.speculator.one_pass.state.counters[0]
+    assert carried > 0
+
+
+def exact_blocks_are_right(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Head = base and blocks of one row: whatever an exact block drafts, the autoregressive view says too."""
+    settle, wrong, judged = HypothesisState.settle, [0], [0]
+
+    def judge(self: HypothesisState, slot: torch.Tensor, *rest: torch.Tensor) -> None:
+        exact = (self.drafts.offset[slot] == 0) & (self.drafts.real[slot] > 0)
+        judged[0] += int(exact.sum())
+        wrong[0] += int((exact & (rest[2] < 2)).sum())
+        settle(self, slot, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HypothesisState, "settle", judge)
+        engine.run(prompts(8), 40)
+    assert judged[0] > 20, "hardly any drafts came from exact blocks"
+    return wrong[0] == 0
+
+
+@pytest.fixture(scope="module")
+def copying(start: StartEngine, tiny: Checkpoints) -> Engine:
+    return start(one_pass(tiny.copy_head, num_speculative_tokens=1, orthrus_hypotheses=8))
+
+
+def test_exact_blocks_of_a_copied_head(copying: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exact_blocks_are_right(copying, monkeypatch)
+
+
+def _prefix(by: int) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        prepare = OnePass.prepare
+
+        def faulty(self: OnePass, batch: Any) -> Any:
+            rows = prepare(self, batch)
+            if rows is not None and self.prepared:
+                lengths = rows.blocks.prefix_lengths
+                lengths += by * (lengths > 0).int()
+            return rows
+
+        patch.setattr(OnePass, "prepare", faulty)
+
+    return plant
+
+
+def _hypotheses_permuted(patch: pytest.MonkeyPatch) -> None:
+    results = OnePass.results
+
+    def faulty(self: OnePass, batch: Any) -> Any:
+        rows = results(self, batch)
+        if rows is not None:
+            n, count = rows.blocks.prefix_lengths.shape
+            rows.hidden.copy_(rows.hidden.view(n, count, -1).roll(1, dims=1).reshape(rows.hidden.shape))
+        return rows
+
+    patch.setattr(OnePass, "results", faulty)
+
+
+FAULTS = {"prefix too long": _prefix(+1), "prefix too short": _prefix(-1), "permuted": _hypotheses_permuted}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_copied_head_notices(fault: str, copying: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        FAULTS[fault](patch)
+        assert not exact_blocks_are_right(copying, monkeypatch)
+    assert exact_blocks_are_right(copying, monkeypatch)
+
+
+def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> None:
+    """A captured forward reads fixed addresses: those of the rows that later batches prepare."""
+    one = drafting.runner.speculator.one_pass
+    for num_reqs in (1, 2, 5, 8):
+        captured = one.dummy(num_reqs, num_reqs * one.verified)
+        prepared = one._views(num_reqs, one.num_hypotheses(num_reqs), 17)
+        assert captured is not None
+        for mine, theirs in (
+            (captured.input_ids, prepared.input_ids),
+            (captured.positions, prepared.positions),
+            (captured.blocks.prefix_lengths, prepared.blocks.prefix_lengths),
+            (captured.hidden, prepared.hidden),
+            (captured.blocks.block_tables[0], prepared.blocks.block_tables[0]),
+        ):
+            assert mine.data_ptr() == theirs.data_ptr()
+            assert mine.shape == theirs.shape
+    assert one.dummy(3, 3 * one.verified + 1) is None, "a ragged batch has no graph with rows"
