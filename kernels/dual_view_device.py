@@ -105,10 +105,7 @@ def _softmax_step(acc, top, total, scores, v, WIDEN: tl.constexpr):
 @triton.jit
 def _look_up(table, at, longest, PAGE: tl.constexpr, MANAGER: tl.constexpr, TILE_N: tl.constexpr):
     """Blocks that hold positions at .. at + TILE_N. What stands in the table behind the length is never read."""
-    if PAGE % TILE_N == 0:  # the tile lies in one page
-        position = at
-    else:
-        position = at + tl.arange(0, TILE_N)
+    position = at if PAGE % TILE_N == 0 else at + tl.arange(0, TILE_N)  # one look-up where one page holds the tile
     return tl.load(table + position // MANAGER, mask=position < longest, other=0)
 
 

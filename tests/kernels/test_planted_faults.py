@@ -20,6 +20,7 @@ from vllm_orthrus.kernels.dual_view_plan import Tiles
 PLAIN = Case((37, 96, 0), harmless=True)
 DRAFTS = replace(PLAIN, width=5, splits=2, tiles=Tiles(16, 32, 1, 1, 1), ratio=2)
 MIXED = replace(PLAIN, width=5, blocks=3, verify=4, groups=4, splits=2, tiles=Tiles(32, 16, 1, 1, 1))
+STEPS = replace(MIXED, prefixes=(94, 30, -1))  # rows of one tile whose prefixes end in different steps
 QUANTIZED = replace(
     PLAIN, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, scales="head", out_dtype=torch.float32
 )
@@ -29,11 +30,13 @@ LARGE_PAGES = replace(PLAIN, page=32, ratio=2, tiles=Tiles(16, 16, 1, 1, 1))
 FAULTS = {
     "prefix one too long": (DRAFTS, "position[None, :] < length[:, None]", "position[None, :] <= length[:, None]"),
     "prefix one too short": (DRAFTS, "position[None, :] < length[:, None]", "position[None, :] < length[:, None] - 1"),
-    "unused slots read": (DRAFTS, "exists = position < longest", "exists = position < longest + 1"),
-    "values of unused slots kept": (
-        DRAFTS,
-        "v = tl.load(value_at, mask=exists[:, None], other=0.0)",
-        "v = tl.load(value_at)",
+    "unused slots read": (DRAFTS, "exists = (position < longest)", "exists = (position < longest + 1)"),
+    "values of unused slots kept": (DRAFTS, "v = tl.load(value_at, mask=exists, other=0.0)", "v = tl.load(value_at)"),
+    "look-up of the step before": (DRAFTS, "block = following", "block = block"),
+    "look-up of the step before, short rows": (
+        STEPS,
+        "block = _look_up(table, at + TILE_N",
+        "block = _look_up(table, at",
     ),
     "block keys zeroed": (DRAFTS, "_dot(rows, tl.trans(k_tile)", "_dot(rows, tl.trans(k_tile * 0)"),
     "block values zeroed": (DRAFTS, "scores, v_tile, WIDEN)", "scores, v_tile * 0, WIDEN)"),
@@ -51,9 +54,9 @@ FAULTS = {
     "wrong key-value head of the cache": (DRAFTS, "keys += kv_head.to", "keys += (1 - kv_head).to"),
     "wrong key-value head of the block": (DRAFTS, "(fresh * k_row + kv_head", "(fresh * k_row + (1 - kv_head)"),
     "request's table row forgotten": (DRAFTS, "table += req.to(tl.int64) * table_row", "table += 0"),
-    "pages of a block not told apart": (DRAFTS, "position % MANAGER // PAGE", "position * 0"),
-    "pages of a block not told apart, one look-up": (LARGE_PAGES, "+ at % MANAGER // PAGE", "+ 0"),
-    "place in a large page forgotten": (LARGE_PAGES, "slot = at % PAGE + tl", "slot = tl"),
+    "pages of a block not told apart": (DRAFTS, "first % MANAGER // PAGE", "first * 0"),
+    "pages of a block not told apart, one look-up": (LARGE_PAGES, "first % MANAGER // PAGE", "first * 0"),
+    "place in a large page forgotten": (LARGE_PAGES, "slot = position % PAGE", "slot = tl.arange(0, TILE_N)"),
     "key scale forgotten": (QUANTIZED, "if K_SCALES > 0:", "if K_SCALES > 99:"),
     "value scale forgotten": (QUANTIZED, "if V_SCALES > 0:", "if V_SCALES > 99:"),
     "one head's scale for all": (QUANTIZED, "kv_head if V_SCALES > 1 else 0", "0"),
@@ -86,7 +89,7 @@ def mutant(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ModuleTyp
     del sys.modules["mutant"]
 
 
-@pytest.mark.parametrize("case", (DRAFTS, MIXED, QUANTIZED, LARGE_PAGES))
+@pytest.mark.parametrize("case", (DRAFTS, MIXED, STEPS, QUANTIZED, LARGE_PAGES))
 def test_without_a_fault(case: Case) -> None:
     verdict = check(case)
     assert not verdict, verdict
