@@ -1,9 +1,7 @@
 """``speculative_config`` for ``method: orthrus``: what may be set, what is filled in, what is refused."""
 
 import copy
-import json
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -12,7 +10,7 @@ from vllm import envs
 from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 
-from vllm_orthrus.heads import HeadConfig, open_head, resolve_head
+from vllm_orthrus.heads import HeadConfig, open_head, read_head_config, resolve_head
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
 
@@ -142,7 +140,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.model = source
         if self.draft_load_config is not None and self.draft_load_config.load_format == "dummy":
             # Random weights: of the head only its facts are needed.
-            return HeadConfig.from_json(json.loads((Path(source) / "config.json").read_text()), source)
+            return read_head_config(source, self.revision, self.head_cache)
         head = open_head(source, self.revision, self.head_cache)
         for warning in head.config.check_fits(base_config, target.model):
             _logger().warning("%s", warning)

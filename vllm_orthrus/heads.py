@@ -316,6 +316,14 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], shape: BaseShape, source
         raise HeadError(f"{source}: not a complete head for {shape.model_type}: {'; '.join(faults[:5])}{more}.")
 
 
+def read_head_config(
+    source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
+) -> HeadConfig:
+    """A head's facts, without its weights."""
+    folder = _Folder(str(source), revision, cache_dir)
+    return HeadConfig.from_json(json.loads(folder.file("config.json").read_text()), str(source))
+
+
 def open_head(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> HeadCheckpoint:
     """Open a head in a local folder or a Hugging Face repository, in either layout.
 

@@ -17,6 +17,7 @@ import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.hypothesis_state import HypothesisState
+from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     CUDAGraphMode,
     DefaultModelState,
@@ -157,7 +158,18 @@ class OnePass:
         )
         if not self.ran_with_rows:
             return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        assert hypotheses is not None and self.attention is not None
+        assert hypotheses is not None
+        with fused_norms():
+            return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
+
+    def _forward_with_rows(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        hypotheses: HypothesisRows,
+    ) -> torch.Tensor:
+        assert self.attention is not None
         self.attention.begin(hypotheses.blocks)
         base, split = self.view.target.model, len(positions)
         embedded = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -174,7 +186,8 @@ class OnePass:
             hidden = layer.mlp(hidden)
         hidden, _ = base.norm(hidden, residual)
         hypotheses.hidden.copy_(hidden[split:])
-        return hidden[:split]
+        verification: torch.Tensor = hidden[:split]
+        return verification
 
 
 class OnePassModelState(DefaultModelState):  # type: ignore[misc]

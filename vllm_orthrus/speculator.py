@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
 from vllm_orthrus.heads import BaseShape, open_head
+from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
@@ -381,12 +382,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
 
     def _draft(self, num_reqs: int, attention: BlockAttention, context: ForwardInputs) -> None:
         """The draft pass itself, on buffers only: this is what a CUDA graph captures."""
-        with set_forward_context(
+        inputs = set_forward_context(
             context.attn_metadata,
             self.vllm_config,
             num_tokens=num_reqs * self.block,
             slot_mapping=context.slot_mapping,
-        ):
+        )
+        with inputs, fused_norms():
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
         hidden = hidden.view(num_reqs, self.block, -1)
         if self.one_pass is not None:

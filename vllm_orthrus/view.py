@@ -10,6 +10,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.attention import BlockAttention
 from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors
+from vllm_orthrus.integration.fused_ops import fused_rotary
 
 
 class DiffusionAttention(nn.Module):
@@ -44,7 +45,7 @@ class DiffusionAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
             k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
-        q, k = rotary(positions, q, k)
+        q, k = fused_rotary(rotary)(positions, q, k)
         out, _ = self.o_proj(attend(layer, q, k, v))
         return out  # type: ignore[no-any-return]
 

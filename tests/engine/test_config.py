@@ -104,6 +104,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown setting": ({"orthrus_blocksize": 4}, {}, "orthrus_blocksize.*orthrus_block_size"),
     "parallel drafting": ({"parallel_drafting": True}, {}, "parallel_drafting=True does not apply"),
     "draft ranks": ({"draft_tensor_parallel_size": 2}, {}, "draft_tensor_parallel_size=2 differs"),
+    "one pass through slots": (
+        {"orthrus_passes": "one", "orthrus_attention": "write_through"},
+        {},
+        "orthrus_passes='one' does not go with orthrus_attention='write_through'",
+    ),
+    "one pass without probabilities": (
+        {"orthrus_passes": "one", "use_local_argmax_reduction": True},
+        {},
+        "use_local_argmax_reduction=True",
+    ),
     "no such head": ({"model": "/no/such/folder"}, {}, "/no/such/folder"),
     "LoRA": ({}, {"enable_lora": True}, "enable_lora"),
     "no room for a block": ({}, {"max_num_batched_tokens": 4, "max_num_seqs": 2}, "one draft block"),
