@@ -31,6 +31,7 @@ from benchmarks.cases import LAYOUTS, Case, check
 from vllm_orthrus.kernels.dual_view_attention import PagedCache, dual_view_attention, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda"
 HALF = torch.bfloat16
 PAGE = 16
 
@@ -133,7 +134,7 @@ def run_correctness(evidence: Evidence) -> bool:
     red = 0
     for case in correctness_cases():
         try:
-            verdict = check(case, "cuda")
+            verdict = check(case, DEVICE)
             problems, overall, worst = verdict.problems, verdict.overall, verdict.worst
         except Exception as error:
             problems, overall, worst = [f"{type(error).__name__}: {str(error)[:500]}"], float("nan"), float("nan")
@@ -174,7 +175,7 @@ def seconds_per_launch(launches: list[Callable[[], Any]], budget: float = 0.1) -
 
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_per_launch([lambda: target.copy_(source)] * 4)
 
@@ -195,17 +196,17 @@ class Setting:
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 2**26)
         self.copies = max(1, min(64, 4 * l2 // per_cache))
         total = self.copies * n * self.pages
-        gen = torch.Generator(device="cuda").manual_seed(0)
-        self.pool = torch.empty(total + 1, PAGE, model.kv_heads, 2 * model.head_dim, dtype=HALF, device="cuda").normal_(
+        gen = torch.Generator(device=DEVICE).manual_seed(0)
+        self.pool = torch.empty(total + 1, PAGE, model.kv_heads, 2 * model.head_dim, dtype=HALF, device=DEVICE).normal_(
             generator=gen
         )  # [pages, slots, heads, keys and values]
-        order = torch.randperm(total, generator=gen, device="cuda").int() + 1
+        order = torch.randperm(total, generator=gen, device=DEVICE).int() + 1
         self.tables = order.view(self.copies, n, self.pages)
-        self.lengths = torch.full((n,), self.context, dtype=torch.int32, device="cuda")
+        self.lengths = torch.full((n,), self.context, dtype=torch.int32, device=DEVICE)
         rows = n * self.width
 
         def normal(heads: int) -> Tensor:
-            return torch.randn(rows, heads, model.head_dim, dtype=HALF, device="cuda", generator=gen)
+            return torch.randn(rows, heads, model.head_dim, dtype=HALF, device=DEVICE, generator=gen)
 
         self.q, self.k, self.v = normal(model.heads), normal(model.kv_heads), normal(model.kv_heads)
         self.out = torch.empty_like(self.q)
@@ -217,7 +218,7 @@ class Setting:
         model = self.model
         keys, values = self.pool.transpose(1, 2).split(model.head_dim, dim=-1)
         plan = make_plan(
-            self.num_reqs, self.width, model.heads, model.kv_heads, model.head_dim, HALF, HALF, torch.device("cuda")
+            self.num_reqs, self.width, model.heads, model.kv_heads, model.head_dim, HALF, HALF, torch.device(DEVICE)
         )
         self.plan = plan
         caches = [PagedCache(keys, values, table, PAGE) for table in self.tables]
@@ -234,12 +235,12 @@ class Setting:
 
         model, n = self.model, self.num_reqs
         keys, values = self.pool.split(model.head_dim, dim=-1)  # [pages, slots, heads, dim]
-        starts = torch.arange(0, (n + 1) * self.width, self.width, dtype=torch.int32, device="cuda")
+        starts = torch.arange(0, (n + 1) * self.width, self.width, dtype=torch.int32, device=DEVICE)
         used = self.lengths + self.width
         segments = 16
         rows = n * self.width
-        parts = torch.empty(rows, model.heads, segments, model.head_dim, dtype=torch.float32, device="cuda")
-        tops, sums = (torch.empty(rows, model.heads, segments, dtype=torch.float32, device="cuda") for _ in range(2))
+        parts = torch.empty(rows, model.heads, segments, model.head_dim, dtype=torch.float32, device=DEVICE)
+        tops, sums = (torch.empty(rows, model.heads, segments, dtype=torch.float32, device=DEVICE) for _ in range(2))
         return [
             lambda table=table: unified_attention(  # type: ignore[misc]
                 q=self.q,
@@ -275,7 +276,7 @@ class Setting:
             from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
         model, n = self.model, self.num_reqs
         keys, values = self.pool.split(model.head_dim, dim=-1)
-        starts = torch.arange(0, (n + 1) * self.width, self.width, dtype=torch.int32, device="cuda")
+        starts = torch.arange(0, (n + 1) * self.width, self.width, dtype=torch.int32, device=DEVICE)
         used = self.lengths + self.width
         return [
             lambda table=table: flash_attn_varlen_func(  # type: ignore[misc]
@@ -337,7 +338,7 @@ NAMES = {
     "sdpa": "SDPA, gathered",
     "flex": "Flex, gathered",
 }
-COLUMNS = "{:<16} {:>7} {:>4} {:>5} {:>9} {:>9} {:>6} {:>7}" + " {:>15}" * len(BASELINES)
+COLUMNS = "{:<16} {:>7} {:>4} {:>5} {:>9} {:>9} {:>6} {:>7}"
 
 
 def run_speed(evidence: Evidence, deadline: float) -> None:
@@ -345,7 +346,7 @@ def run_speed(evidence: Evidence, deadline: float) -> None:
     print(f"copy: {evidence.copy_bytes_per_second / 1e12:.2f} TB/s read and written\n")
     print("microseconds per launch; floor: the bytes that must move, at the speed of the copy")
     heads = ("model", "context", "reqs", "block", "ours", "floor", "copy %", "TB/s")
-    print(COLUMNS.format(*heads, *(NAMES[name] for name in BASELINES)), flush=True)
+    print(COLUMNS.format(*heads) + "".join(f" {NAMES[name]:>15}" for name in BASELINES), flush=True)
     compiled_flex = 0
     for model, context, num_reqs, width in sweep():
         if time.perf_counter() > deadline:
@@ -385,21 +386,19 @@ def run_speed(evidence: Evidence, deadline: float) -> None:
                 evidence.not_compared[name] = f"{type(error).__name__}: {str(error)[:300]}"
         evidence.speed.append(record)
         evidence.write()
-        cells = [f"{record['seconds'][name] * 1e6:.1f}" if name in record["seconds"] else "-" for name in BASELINES]
-        print(
-            COLUMNS.format(
-                model.name,
-                context,
-                num_reqs,
-                width,
-                f"{ours * 1e6:.1f}",
-                f"{floor * 1e6:.1f}",
-                f"{100 * floor / ours:.0f}",
-                f"{setting.moved / ours / 1e12:.2f}",
-                *cells,
-            ),
-            flush=True,
+        line = COLUMNS.format(
+            model.name,
+            context,
+            num_reqs,
+            width,
+            f"{ours * 1e6:.1f}",
+            f"{floor * 1e6:.1f}",
+            f"{100 * floor / ours:.0f}",
+            f"{setting.moved / ours / 1e12:.2f}",
         )
+        seconds = record["seconds"]
+        cells = (f"{seconds[name] * 1e6:.1f}" if name in seconds else "-" for name in BASELINES)
+        print(line + "".join(f" {cell:>15}" for cell in cells), flush=True)
         del setting
         torch.cuda.empty_cache()
 

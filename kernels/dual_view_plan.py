@@ -66,7 +66,7 @@ def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torc
         return Tiles(rows, 32 if wide else 64, 4, 4, 1 if wide else 2)
     if target.shared > 80 * 1024:
         return Tiles(rows, 32, 4, 3 if wide else 4, 2 if target.shared > 160 * 1024 and not wide else 1)
-    return Tiles(rows, 32 if wide else 64, 4, 2, 2)
+    return Tiles(rows, 32, 4, 2, 2)
 
 
 def choose_splits(programs: int, per_sm: int, target: Target) -> int:
