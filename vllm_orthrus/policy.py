@@ -97,9 +97,12 @@ def describe_drafts(
     known = tokens.clamp(min=0)[..., None]  # a filler may be -1
     confidence = probabilities[:, :-1].gather(2, known).squeeze(2)  # [R, K]
     real = places[:-1] < count[:, None]
-    drafted = torch.zeros_like(probabilities[..., :1]).expand_as(probabilities).clone()
-    drafted[:, :-1].scatter_(2, known, real[..., None].to(drafted.dtype))
-    share, found = (probabilities * (1 - drafted)).topk(min(candidates, probabilities.shape[2]), dim=-1)  # [R, K+1, C]
+    # One candidate more than asked for, so that the draft can leave.
+    kept = min(candidates, probabilities.shape[2] - 1)
+    share, found = probabilities.topk(kept + 1, dim=-1)  # [R, K+1, C+1]
+    drafted = torch.cat((torch.where(real, tokens, -1), torch.full_like(tokens[:, :1], -1)), dim=1)  # [R, K+1]
+    share, order = torch.where(found == drafted[..., None], -1, share).topk(kept, dim=-1)  # [R, K+1, C]
+    found = found.gather(2, order)
     left = torch.cat((1 - torch.where(real, confidence, 0), torch.ones_like(probabilities[:, :1, 0])), dim=1)
     share = (share / left.clamp(min=1e-6)[..., None]).clamp(max=1)
     inside = (offset[:, None] + places < block) & (places <= count[:, None])  # the place has a row that speaks of it

@@ -19,6 +19,7 @@ def add_parser(subparsers: Any) -> None:
     simulate.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     simulate.add_argument("--drafts", type=int, help="drafts per verification (default: all that were trained)")
     simulate.add_argument("--width", type=int, help="rows per block (default: as trained)")
+    simulate.add_argument("--drafting", choices=("probabilistic", "greedy"), default="probabilistic")
     simulate.add_argument("--max-new-tokens", type=int, default=128)
     simulate.add_argument("--per-class", type=int, help="only so many prompts of each class")
     simulate.add_argument("--group", action="append", default=[], help="NAME=CLASS,CLASS: show these classes together")
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             temperature,
             options.drafts,
             options.width,
+            options.drafting,
             batch=options.batch,
             seed=options.seed,
         )
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
                     found.append({"temperature": temperature, "hypotheses": 0, "class": name, "tokens/forward": value})
                 continue
             generator = torch.Generator(options.device).manual_seed(options.seed)
-            loop = OnePass(reference, count, temperature, options.drafts, options.width, generator)
+            loop = OnePass(reference, count, temperature, options.drafts, options.width, options.drafting, generator)
             runs = [
                 run
                 for start in range(0, len(prompts), options.batch)

@@ -35,7 +35,7 @@ from vllm_orthrus.policy import (
     outcome_chances,
     update_calibration,
 )
-from vllm_orthrus.training.reference import Cache, Reference, attend
+from vllm_orthrus.training.reference import Cache, Drafting, Reference, attend
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
 from vllm_orthrus.training.views import Rope
 
@@ -86,6 +86,7 @@ class OnePass:
         temperature: float = 0.0,
         num_drafts: int | None = None,
         width: int | None = None,
+        drafting: Drafting = "probabilistic",
         generator: torch.Generator | None = None,
         carry_all: bool = False,
     ) -> None:
@@ -98,7 +99,7 @@ class OnePass:
         self.width = width or reference.config.block_size
         self.drafting_rows = max(1, min(self.width, reference.config.num_drafts))
         self.num_drafts = num_drafts or self.drafting_rows
-        self.generator, self.carry_all = generator, carry_all
+        self.drafting, self.generator, self.carry_all = drafting, generator, carry_all
         self.calibration: Calibration = new_calibration(reference.device)
         self.values = block_values(self.width, self.drafting_rows, hypotheses, reference.device)
         self.places = torch.arange(self.num_drafts + 1, device=reference.device)
@@ -194,8 +195,11 @@ class OnePass:
         rows = (now.offset[:, None] + self.places).clamp(max=self.width - 1)  # [R, K+1]
         q = self._probabilities(now.block.gather(1, rows[..., None].expand(-1, -1, now.block.shape[2])))
         count = draft_count(now.offset, self.num_drafts, self.drafting_rows)
-        drafted = self._draw(q[:, :-1])
-        return describe_drafts(q, drafted, count, now.offset, self.width), q[:, :-1]
+        drafted = self._draw(q[:, :-1]) if self.drafting == "probabilistic" else q[:, :-1].argmax(-1)
+        described = describe_drafts(q, drafted, count, now.offset, self.width)
+        if self.drafting == "greedy":  # drawn from nothing, whatever the rows say: q is one-hot
+            return described, torch.zeros_like(q[:, :-1]).scatter_(2, drafted[..., None], 1)
+        return described, q[:, :-1]
 
     def _verify(self, drafts: Drafts, q: Tensor, logits: Tensor) -> Verdict:
         real = self.places[:-1] < drafts.real[:, None]
