@@ -15,6 +15,7 @@ Everything is a small tensor of fixed shape on the device and nothing is read ba
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -189,10 +190,12 @@ def _rank_cell(share: Tensor, sampled: Tensor) -> Tensor:
 
 
 def _bucket(x: Tensor) -> Tensor:
-    bucket = torch.zeros_like(x, dtype=torch.int64)
-    for edge in EDGES:  # no table on the host that a device would have to wait for
-        bucket += x > edge
-    return bucket
+    return torch.bucketize(x, _edges(x.device))
+
+
+@functools.cache  # copied to a device once, not at every step
+def _edges(device: torch.device) -> Tensor:
+    return torch.tensor(EDGES, device=device)
 
 
 class Streamed(NamedTuple):
