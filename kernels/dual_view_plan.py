@@ -109,11 +109,13 @@ def make_plan(
     tiles: Tiles | None = None,
     buffer: Tensor | None = None,
     target: Target | None = None,
+    allocate: bool = True,
 ) -> Plan:
     """Choose tiles and splits for a launch and take its memory from `buffer`, or allocate it.
 
-    A float32 `buffer` of `workspace_size(...)` elements may be shared by all layers and by plans that never run at the
-    same time. Fix `splits` where results must not depend on how many requests share a launch.
+    A float32 `buffer` of `workspace_size(plan)` elements may be shared by all layers and by plans that never run at the
+    same time; a plan that is not to `allocate` has no memory of its own and only says how much it would use. Fix
+    `splits` where results must not depend on how many requests share a launch.
     """
     device = torch.device(device)
     rows = rows_per_request * (q_heads // kv_heads)
@@ -127,7 +129,7 @@ def make_plan(
     programs = num_reqs * kv_heads * num_tiles
     size = programs * (splits * tiles.rows * (head_dim + 1) + 1)
     if buffer is None:
-        buffer = torch.empty(size, dtype=torch.float32, device=device)
+        buffer = torch.empty(size, dtype=torch.float32, device=device if allocate else "meta")
     if buffer.numel() < size or buffer.dtype != torch.float32:
         raise ValueError(f"buffer has {buffer.numel()} elements of {buffer.dtype}, the plan needs {size} of float32")
     partial, lse, active = buffer[:size].split(
