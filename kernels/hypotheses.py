@@ -163,7 +163,7 @@ def count_covered(hypotheses: Hypotheses, drafts: Tensor, real: Tensor, accepted
     Tells the two kinds of miss apart: no exact block after so many drafts, or only such for another bonus. The block of
     the very draft that was rejected is not an exact block.
     """
-    at = accepted.clamp(max=drafts.shape[1] - 1)[:, None]
+    at = accepted.clamp(0, drafts.shape[1] - 1)[:, None]
     other = (hypotheses.token != drafts.gather(1, at)) | (accepted >= real)[:, None]
     return ((hypotheses.accepted == accepted[:, None]) & other).any(1)
 

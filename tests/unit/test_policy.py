@@ -104,6 +104,7 @@ def test_the_two_kinds_of_miss() -> None:
     drafts, real = torch.tensor([[6, 7, 8]] * 4), torch.tensor([3, 3, 3, 1])
     # An exact block; the block of the draft that was rejected; none; all drafts accepted, so any block is exact.
     assert count_covered(hypotheses, drafts, real, torch.tensor([0, 1, 3, 1])).tolist() == [True, False, False, True]
+    assert not count_covered(hypotheses, drafts, real, torch.full((4,), -1)).any(), "nothing sampled, nothing covered"
 
 
 def test_requests_do_not_disturb_each_other() -> None:
