@@ -195,7 +195,7 @@ def compile_call(call: Call, gpu: Gpu) -> Any:
             hints[index,] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             kind = "fp32"
-        elif isinstance(value, int) and not parameter.is_constexpr and value != 1:
+        elif isinstance(value, int) and not parameter.is_constexpr and (value != 1 or parameter.do_not_specialize):
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 hints[index,] = [["tt.divisibility", 16]]

@@ -91,7 +91,8 @@ def dual_view_attention(
         "BLOCKS": blocks,
         "VERIFY": verify_width,
         "RAGGED": verification is not None and verification.starts is not None,
-        "SPLITS": plan.splits,
+        "splits": plan.splits,
+        "SPLIT": plan.splits > 1,
         "TILE_M": tiles.rows,
     }
     outputs = {

@@ -159,7 +159,8 @@ def _prefix_step(
     return _softmax_step(acc, top, total, scores, v.to(q.dtype), WIDEN)
 
 
-@triton.jit
+# Compiled once for all numbers of splits and widths of a block table.
+@triton.jit(do_not_specialize=["splits", "table_width", "table_row"])
 def attend(
     q,
     k,
@@ -203,6 +204,7 @@ def attend(
     partial,
     lse,
     active,
+    splits,
     GQA: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -214,7 +216,7 @@ def attend(
     SAME_STRIDES: tl.constexpr,
     K_SCALES: tl.constexpr,
     V_SCALES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     NUM_TILES: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -242,10 +244,10 @@ def attend(
         last = first
 
     steps = tl.cdiv(tl.maximum(longest, 0), TILE_N)
-    share = tl.cdiv(steps, SPLITS)  # steps per split
+    share = tl.cdiv(steps, splits)  # steps per split
     used = tl.cdiv(steps, tl.maximum(share, 1))  # splits that have a part of the prefix
-    fresh_split = tl.minimum(used, SPLITS - 1)  # the fresh rows go to a split of their own while there is one
-    if SPLITS > 1:
+    fresh_split = tl.minimum(used, splits - 1)  # the fresh rows go to a split of their own while there is one
+    if SPLIT:
         holding = tl.where(last > first, fresh_split + 1, used)
         if split == 0:
             tl.store(active + (req * tl.num_programs(0) + tl.program_id(0)), holding)
@@ -315,19 +317,19 @@ def attend(
 
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     result = tl.where((length >= 0)[:, None], result, 0.0)  # a row that sees nothing, or does not exist, is zero
-    if SPLITS == 1:
+    if not SPLIT:
         _store_rows(
             result, kv_head, m, place, in_block, verifies, out, out_row, out_head,
             verify_out, verify_out_row, verify_out_head, GQA, DIM, VERIFY,
         )  # fmt: skip
     else:
-        at = (req * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * SPLITS + split
+        at = (req * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * splits + split
         at = at * TILE_M + tl.arange(0, TILE_M)
         tl.store(partial + at[:, None] * DIM + dims[None, :], result)
         tl.store(lse + at, tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
     lengths,
     lengths_req,
@@ -343,13 +345,14 @@ def merge(
     partial,
     lse,
     active,
+    splits,
     GQA: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     VERIFY: tl.constexpr,
     RAGGED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     NUM_TILES: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -372,7 +375,7 @@ def merge(
     total = tl.zeros([TILE_R], tl.float32)
     for at in range(0, holding, TILE_S):
         split = at + tl.arange(0, TILE_S)
-        rows = (tile.to(tl.int64) * SPLITS + split)[:, None] * TILE_M + in_tile[None, :]  # [TILE_S, TILE_R]
+        rows = (tile.to(tl.int64) * splits + split)[:, None] * TILE_M + in_tile[None, :]  # [TILE_S, TILE_R]
         exists = (split < holding)[:, None]
         weight = tl.load(lse + rows, mask=exists, other=float("-inf"))
         part = tl.load(partial + rows[:, :, None] * DIM + dims[None, None, :], mask=exists[:, :, None], other=0.0)
