@@ -1,15 +1,16 @@
 """One pass: hypothesis rows inside the verification are what a separate draft pass would have computed."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, prompts
+from vllm_orthrus import hypothesis_state
 from vllm_orthrus.attention import Blocks, CachedLayer, GatherAttention
-from vllm_orthrus.hypothesis_state import HypothesisState
+from vllm_orthrus.kernels.hypotheses import Hypotheses
 from vllm_orthrus.onepass import HypothesisRows, OnePass
 from vllm_orthrus.speculator import OrthrusSpeculator
 
@@ -19,11 +20,6 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def one_pass(head: Any, **settings: Any) -> dict[str, Any]:
     few = {"orthrus_passes": "one", "orthrus_hypotheses": 4, "orthrus_rows": 512, "num_speculative_tokens": 5}
     return {"method": "orthrus", "model": str(head)} | few | settings
-
-
-class Comparison(NamedTuple):
-    worst: float
-    blocks: int
 
 
 class Comparer:
@@ -73,7 +69,7 @@ def carries_exact_blocks(engine: Engine, comparer: Comparer, count: int = 8, **s
     run = engine.run(prompts(count, shortest=20), 40, **sampling)
     assert 0 < run.counts.accepted < run.counts.drafted
     assert comparer.blocks > 5 * count, "hardly any hypotheses were carried"
-    return comparer.worst <= 1e-4
+    return comparer.worst <= 1e-5
 
 
 @pytest.fixture(scope="module", params=["gather", "kernel"])
@@ -97,7 +93,7 @@ def test_chunked_prefill_preemption_and_prefix_hits(
     start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer
 ) -> None:
     engine = start(
-        one_pass(tiny.block_head, orthrus_rows=4096, orthrus_block_size=3, orthrus_hypotheses=2),
+        one_pass(tiny.block_head, orthrus_rows=4096, orthrus_block_size=5, orthrus_hypotheses=2),
         max_num_batched_tokens=128,
         enable_prefix_caching=True,
         num_gpu_blocks_override=18,
@@ -109,14 +105,14 @@ def test_chunked_prefill_preemption_and_prefix_hits(
     assert first.preemptions + again.preemptions > 0
     assert again.cached_tokens > 0
     assert comparer.blocks > 50
-    assert comparer.worst <= 1e-4
+    assert comparer.worst <= 1e-5
 
 
 def test_context_limit(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
     long = [[(5 * j) % 250 for j in range(240)], [(3 * j) % 250 for j in range(247)]]
     assert drafting.run(long, 64).tokens == plain.run(long, 64).tokens
     assert comparer.blocks > 0
-    assert comparer.worst <= 1e-4
+    assert comparer.worst <= 1e-5
 
 
 def test_more_requests_than_rows_allow(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
@@ -132,30 +128,44 @@ def test_more_requests_than_rows_allow(start: StartEngine, tiny: Checkpoints, pl
     assert carried > 0
 
 
-def exact_blocks_are_right(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Head = base and blocks of one row: whatever an exact block drafts, the autoregressive view says too."""
-    settle, wrong, judged = HypothesisState.settle, [0], [0]
+def all_tokens_at_hand(*arguments: Any) -> Hypotheses:
+    """Instead of likely outcomes: a block behind the anchor and behind each draft."""
+    drafts, anchors = arguments[3:5]
+    tokens = torch.cat([anchors[:, None], drafts], dim=1)  # [R, K + 1]
+    return Hypotheses(torch.arange(-1, drafts.shape[1]).expand_as(tokens).clone(), tokens)
 
-    def judge(self: HypothesisState, slot: torch.Tensor, *rest: torch.Tensor) -> None:
-        exact = (self.drafts.offset[slot] == 0) & (self.drafts.real[slot] > 0)
-        judged[0] += int(exact.sum())
-        wrong[0] += int((exact & (rest[2] < 2)).sum())
-        settle(self, slot, *rest)
+
+def says_what_the_target_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Oracle 1: with the base's own weights, a block of one row is the verification row of the same token."""
+    propose, worst, blocks = OrthrusSpeculator.propose, [0.0], [0]
+
+    @torch.inference_mode()
+    def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
+        hidden = rest[2]
+        rows = self.one_pass.results(batch) if self.one_pass is not None else None
+        if rows is not None:
+            prefixes = rows.blocks.prefix_lengths  # [n, K + 1]
+            verified = batch.query_start_loc[: batch.num_reqs, None].long() + torch.arange(prefixes.shape[1])
+            difference = (rows.hidden.view(*prefixes.shape, -1) - hidden[verified]).abs().amax(-1)
+            worst[0] = max(worst[0], float(torch.where(prefixes >= 0, difference, 0).max()))
+            blocks[0] += int((prefixes >= 0).sum())
+        return propose(self, batch, *rest, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HypothesisState, "settle", judge)
-        engine.run(prompts(8), 40)
-    assert judged[0] > 20, "hardly any drafts came from exact blocks"
-    return wrong[0] == 0
+        patch.setattr(OrthrusSpeculator, "propose", compare_and_propose)
+        patch.setattr(hypothesis_state, "choose_hypotheses", all_tokens_at_hand)
+        engine.run(prompts(8), 24)
+    assert blocks[0] > 50, "hardly any hypotheses were carried"
+    return worst[0] < 1e-3
 
 
 @pytest.fixture(scope="module")
 def copying(start: StartEngine, tiny: Checkpoints) -> Engine:
-    return start(one_pass(tiny.copy_head, num_speculative_tokens=1, orthrus_hypotheses=8))
+    return start(one_pass(tiny.copy_head, num_speculative_tokens=1, orthrus_hypotheses=2))
 
 
-def test_exact_blocks_of_a_copied_head(copying: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert exact_blocks_are_right(copying, monkeypatch)
+def test_blocks_of_a_copied_head(copying: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert says_what_the_target_says(copying, monkeypatch)
 
 
 def _prefix(by: int) -> Plant:
@@ -194,8 +204,8 @@ FAULTS = {"prefix too long": _prefix(+1), "prefix too short": _prefix(-1), "perm
 def test_the_copied_head_notices(fault: str, copying: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
-        assert not exact_blocks_are_right(copying, monkeypatch)
-    assert exact_blocks_are_right(copying, monkeypatch)
+        assert not says_what_the_target_says(copying, monkeypatch)
+    assert says_what_the_target_says(copying, monkeypatch)
 
 
 def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> None:

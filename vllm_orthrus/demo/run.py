@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)),
 )
-SPECULATIVE: Mapping[str, object] = {"method": "orthrus"}
+ONE_PASS: Mapping[str, object] = {"method": "orthrus"}
+TWO_PASS: Mapping[str, object] = {"method": "orthrus", "orthrus_passes": "two"}
 
 
 class Answers(NamedTuple):
@@ -34,24 +35,29 @@ def demonstrate(example: Path, per_class: int) -> bool:
     questions = read_questions(example / "heldout.jsonl", per_class)
     folder = Path(tempfile.mkdtemp(prefix="vllm-orthrus-"))  # stays: the servers' logs are in it
     name_head(example, folder)
-    with starting("1/2  vLLM as it is", example / "base", folder / "plain.log", None) as server:
+    with starting("1/3  vLLM as it is", example / "base", folder / "plain.log", None) as server:
         plain = ask(server, questions)
-    method = f"2/2  vLLM with --speculative-config '{json.dumps(dict(SPECULATIVE))}'"
-    with starting(method, example / "base", folder / "orthrus.log", SPECULATIVE) as server:
+    with starting(titled("2/3", TWO_PASS), example / "base", folder / "two-pass.log", TWO_PASS) as server:
+        two_pass = ask(server, questions)
+    with starting(titled("3/3", ONE_PASS), example / "base", folder / "one-pass.log", ONE_PASS) as server:
         print(f"\n> {questions[0]}")
         for piece in stream(server, questions[0]):
             print(piece, end="", flush=True)
         print("\n")
-        drafted = ask(server, questions)
-    print(comparison(plain, drafted))
-    return plain.texts == drafted.texts
+        one_pass = ask(server, questions)
+    print(comparison(plain, two_pass, one_pass))
+    return plain.texts == two_pass.texts == one_pass.texts
+
+
+def titled(place: str, speculative: Mapping[str, object]) -> str:
+    return f"{place}  vLLM with --speculative-config '{json.dumps(dict(speculative))}'"
 
 
 def serve(example: Path, port: int) -> None:
     """Become the server, until it is stopped."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-orthrus-"))
     name_head(example, folder)
-    command = serve_command(example / "base", port, SPECULATIVE, OPTIONS)
+    command = serve_command(example / "base", port, ONE_PASS, OPTIONS)
     print(" ".join(command), flush=True)
     os.execv(command[0], command)
 
@@ -101,21 +107,34 @@ def stream(server: Server, question: str) -> Iterator[str]:
         yield piece.choices[0].delta.content or ""
 
 
-def comparison(plain: Answers, drafted: Answers) -> str:
-    """Verification steps are what plain decoding would call steps; the first token of an answer is the prefill's."""
-    cycles, counters = drafted.counters.cycles, drafted.counters
-    plain_steps = plain.tokens - len(plain.texts)
+def comparison(plain: Answers, two_pass: Answers, one_pass: Answers) -> str:
+    """Requests came one at a time, so that each step of the engine is one forward, or two."""
+    answers = len(plain.texts)
+    columns = (plain, two_pass, one_pass)
+    # The first token of an answer comes with its prompt.
+    steps = (plain.tokens - answers, two_pass.counters.cycles, one_pass.counters.cycles)
+    # With one pass, only the first block of an answer needs a pass of its own.
+    forwards = (steps[0], 2 * steps[1], steps[2] + answers)
+    produced = [column.tokens - answers for column in columns]
+    same = ["", *("yes" if column.texts == plain.texts else "NO" for column in columns[1:])]
+
+    def row(title: str, values: Sequence[object], form: str = "") -> str:
+        return f"{title:<28}" + "".join(f"{value:>12{form}}" for value in values)
+
     lines = [
-        f"{'':<28}{'plain':>10}{'orthrus':>10}",
-        f"{'tokens':<28}{plain.tokens:>10}{drafted.tokens:>10}",
-        f"{'decoding steps':<28}{plain_steps:>10}{cycles:>10}",
-        f"{'tokens per step':<28}{1:>10.2f}{counters.tokens_per_cycle:>10.2f}",
-        f"{'passes through the model':<28}{plain_steps:>10}{2 * cycles:>10}   (an Orthrus step drafts, then verifies)",
-        f"{'identical answers':<28}{'':>10}{'yes' if plain.texts == drafted.texts else 'NO':>10}",
+        row("", ("plain", "two passes", "one pass")),
+        row("tokens", [column.tokens for column in columns]),
+        row("decoding steps", steps),
+        row("tokens per step", [made / count for made, count in zip(produced, steps, strict=True)], ".2f"),
+        row("forwards of the model", forwards),
+        row("tokens per forward", [made / count for made, count in zip(produced, forwards, strict=True)], ".2f"),
+        row("same text as plain", same),
         "",
-        "accepted at draft position "
-        + "  ".join(f"{place}: {count / max(1, cycles):.2f}" for place, count in enumerate(counters.accepted_at, 1)),
+        "drafts accepted, by place in the block",
     ]
+    for title, column in (("two passes", two_pass), ("one pass", one_pass)):
+        shares = (f"{count / max(1, column.counters.cycles):.2f}" for count in column.counters.accepted_at)
+        lines.append(f"{title:<12}" + " ".join(shares))
     return "\n".join(lines)
 
 
