@@ -1,13 +1,14 @@
 # make demo     serve the tiny model with and without its head, and compare
 # make serve    keep it served, on port 8000
 # make test     all tests, against both supported versions of vLLM
+# make gpu-check    on a GPU: are the kernels right, and how fast are they
 # make lint, unit, kernels, engine, engine-newer    parts of that
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 NEWER = $(VENV)/vllm-0.33
 
-.PHONY: demo serve test env lint unit kernels engine engine-newer clean
+.PHONY: demo serve test env lint unit kernels engine engine-newer gpu-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -38,6 +39,10 @@ engine: env
 engine-newer: env
 	$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
 	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine -q -m "not slow"
+
+# Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
+gpu-check:
+	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -81,6 +81,7 @@ class HypothesisState:
         prefix_lengths: torch.Tensor,
         hidden: torch.Tensor,
         num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
         last_sampled: torch.Tensor,
     ) -> None:
         """Verification has spoken: take up the newest block it made useful.
@@ -91,6 +92,8 @@ class HypothesisState:
         accepted = torch.where(prefix_lengths >= 0, self.accepted[slot, :count], NONE)
         hypotheses = Hypotheses(accepted, self.token[slot, :count])
         drafts = policy.Drafts(*(part[slot] for part in self.drafts))
+        # The scheduler may have dropped some, at the context limit or for a grammar: those were not judged.
+        drafts = drafts._replace(real=torch.minimum(drafts.real, num_sampled + num_rejected - 1))
         match = match_outcome(hypotheses, drafts.tokens, num_sampled, last_sampled, self.offset[slot])
         found = match.which >= 0
         chosen = hidden[torch.arange(len(slot), device=slot.device), match.which.clamp(min=0)]  # [n, block, hidden]

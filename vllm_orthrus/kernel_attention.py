@@ -61,6 +61,7 @@ class KernelAttention(BlockAttention):
             FP8.get(attn.kv_cache_dtype, stored),
             self.device,
             buffer=workspace,
+            allocate=workspace is not None,
         )
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:

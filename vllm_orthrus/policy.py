@@ -95,7 +95,7 @@ def describe_drafts(
     The draft itself cannot be the bonus at its place: where it is rejected, the residual max(p - q, 0) is zero on it.
     """
     places = torch.arange(probabilities.shape[1], device=tokens.device)
-    known = tokens.clamp(min=0)[..., None]  # a filler may be -1
+    known = tokens[..., None]
     confidence = probabilities[:, :-1].gather(2, known).squeeze(2)  # [R, K]
     real = places[:-1] < count[:, None]
     # One candidate more than asked for, so that the draft can leave.

@@ -298,7 +298,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         slot = batch.idx_mapping[:n]
         anchor = last_sampled[slot, 0]
         hidden = carried.hidden.view(n, -1, self.block, carried.hidden.shape[1])
-        state.settle(slot, carried.blocks.prefix_lengths, hidden, num_sampled[:n], anchor)
+        state.settle(slot, carried.blocks.prefix_lengths, hidden, num_sampled[:n], num_rejected[:n], anchor)
         last_kept = batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
         self.positions[:n, 0] = batch.positions[last_kept] + 1
         self.input_ids[:n, 0] = anchor

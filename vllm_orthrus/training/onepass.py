@@ -202,11 +202,9 @@ class OnePass:
         return described, q[:, :-1]
 
     def _verify(self, drafts: Drafts, q: Tensor, logits: Tensor) -> Verdict:
-        real = self.places[:-1] < drafts.real[:, None]
+        """Fillers are judged like any draft: they were drawn from the last row again, with that row's q."""
         if self.temperature == 0:
-            return verify_greedy(torch.where(real, drafts.tokens, -1), logits)
-        # A filler was never drawn. An infinite q rejects it for certain, and leaves p itself as the residual.
-        q = torch.where(real[..., None], q, float("inf"))
+            return verify_greedy(drafts.tokens, logits)
         return verify_sampling(drafts.tokens, q, self._probabilities(logits), self.generator)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
