@@ -38,6 +38,7 @@ from vllm_orthrus.integration.runner import (
     set_forward_context,
 )
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
+from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import HypothesisRows, OnePass
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
@@ -157,6 +158,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             for attn in self._target_attention()
         ]
         self.attention = self._choose_attention(layers, kv_cache_config)
+        tables = link_tables(block_tables.input_block_tables, self.prefix_blocks, block_tables.block_sizes)
+        self.block_rows = BlockRows(self.input_ids, self.positions, self.prefix_lengths, self.slots, tables)
         if self.one_pass is not None:
             self._bind_one_pass(self.one_pass, layers)
 
@@ -336,6 +339,12 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         next_prefill_tokens: torch.Tensor,
     ) -> None:
         """Write `[anchor, MASK, ...]` at `p, p+1, ...` for each drafting request."""
+        if isinstance(self.attention, KernelAttention):
+            sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+            state = BatchState(batch.idx_mapping, batch.query_start_loc, batch.positions, *sampled)
+            # A prefix of -1 tells the kernel that there is no such request.
+            prepare_blocks(rows, state, self.block_rows, self.mask_token_id, self.max_model_len, padding_length=-1)
+            return
         n = len(rows)
         slot = batch.idx_mapping[rows]  # [n]
         # The anchor stands right behind the last token that verification kept.

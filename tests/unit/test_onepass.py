@@ -83,12 +83,13 @@ def test_greedy_is_the_two_pass_text(hypotheses: int, drafts: int | None, carry_
     expected = reference.generate(PROMPTS, 40)
     stop = [expected[0].tokens[25]]
     for ends in ([], stop):
-        runs = OnePass(reference, hypotheses, num_drafts=drafts, carry_all=carry_all).generate(PROMPTS, 40, ends)
+        loop = OnePass(reference, hypotheses, num_drafts=drafts, carry_all=carry_all)
+        runs = loop.generate(PROMPTS, 40, ends)
         assert [run.tokens for run in runs] == [g.tokens for g in reference.generate(PROMPTS, 40, stop=ends)]
         for run in runs:
             produced = 1 + sum(step.accepted + 1 for step in run.steps)
             assert produced - 8 < len(run.tokens) <= produced
-            assert all(0 <= step.accepted <= step.proposed for step in run.steps)
+            assert all(0 <= step.accepted <= loop.num_drafts for step in run.steps)  # fillers may be right, too
 
 
 def test_carrying_all_blocks_changes_nothing(tiny: Reference, prompts: list[list[int]]) -> None:
