@@ -383,6 +383,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
                 self.attention.begin(self._blocks(graph.num_reqs, longest))
                 self.graphs.run_fullgraph(graph)
                 return
+            if self.graphs.graphs:
+                logger.warning_once(
+                    "A batch of %d requests exceeds the largest Orthrus CUDA graph (%d requests): its drafts run "
+                    "eagerly. Lower --max-num-seqs if such batches are common.",
+                    num_reqs,
+                    max(descriptor.num_reqs for descriptor in self.graphs.graphs),
+                )
         self._draft(num_reqs, self.attention, self.attention.begin(self._blocks(num_reqs, longest)))
 
     def _blocks(self, num_reqs: int, longest: int) -> Blocks:

@@ -59,7 +59,7 @@ def test_every_batch_has_the_smallest_graph_that_holds_it(max_num_reqs: int) -> 
 
 
 def test_replayed_passes_draft_as_eager_ones(start: StartEngine, oracle_config: dict[str, Any]) -> None:
-    if oracle_config["orthrus_attention"] != "gather":
+    if oracle_config["orthrus_attention"] == "write_through":
         pytest.skip("the CPU backend plans its work on the host for each batch, so its metadata cannot be replayed")
     engine = start(oracle_config | {"draft_sample_method": "probabilistic"}, max_num_seqs=8)
     speculator = engine.runner.speculator
@@ -70,3 +70,22 @@ def test_replayed_passes_draft_as_eager_ones(start: StartEngine, oracle_config: 
     assert 0 < replayed.counts.drafted == replayed.counts.accepted
     assert replayed.tokens == eager.tokens
     assert {2, 4, 8} & set(graphs.replayed), "no replay had rows to spare"
+
+
+def test_batches_beyond_the_graphs_are_announced(
+    start: StartEngine, oracle_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if oracle_config["orthrus_attention"] != "gather":
+        pytest.skip("the same for every way to read the cache")
+    engine = start(oracle_config, max_num_seqs=8)
+    speculator, said = engine.runner.speculator, []
+    monkeypatch.setattr("vllm_orthrus.speculator.logger.warning_once", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("vllm_orthrus.speculator.MAX_GRAPH_ROWS", 4)
+    graphs = speculator.graphs = ReplayedClosures(8, speculator.block)
+    speculator.capture()
+    for count in (3, 8):
+        run = engine.run(prompts(count), 24)
+        assert 0 < run.counts.drafted == run.counts.accepted
+    assert set(graphs.replayed) == {4}
+    assert said
+    assert "8 requests exceeds the largest Orthrus CUDA graph (4 requests)" in said[0]
