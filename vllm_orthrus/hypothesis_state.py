@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 class HypothesisState:
     """For each slot: the newest block at hand, the drafts taken from it, and the hypotheses about their fate."""
 
-    COUNTERS = ("verifications", "hits", "accepted_count_missed", "bonus_missed")
+    COUNTERS = ("verifications", "hits", "accepted_count_missed", "bonus_missed", "tokens", "rows")
 
     def __init__(self, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
         config, model = vllm_config.speculative_config, vllm_config.model_config
@@ -102,7 +102,9 @@ class HypothesisState:
 
         hit = found & (match.offset == 0)
         covered = count_covered(hypotheses, drafts.tokens, drafts.real, num_sampled - 1)
-        self.counters += torch.stack([torch.ones_like(hit), hit, ~hit & ~covered, ~hit & covered]).sum(1)
+        rows = num_sampled + num_rejected + self.block * count  # those of the verification, and the hypotheses'
+        counted = (torch.ones_like(hit), hit, ~hit & ~covered, ~hit & covered, num_sampled, rows)
+        self.counters += torch.stack([part.long() for part in counted]).sum(1)
         history = policy.History(*(part[slot] for part in self.history))
         self.calibration, history = policy.update_calibration(
             self.calibration, history, drafts, self.sampled[slot], num_sampled, last_sampled

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
 from vllm_orthrus.heads import BaseShape, open_head
+from vllm_orthrus.hypothesis_state import HypothesisState
 from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
@@ -32,6 +33,7 @@ from vllm_orthrus.integration.runner import (
     VllmConfig,
     async_tensor_h2d,
     initialize_single_dummy_weight,
+    is_global_first_rank,
     process_weights_after_loading,
     set_current_vllm_config,
     set_default_torch_dtype,
@@ -40,6 +42,7 @@ from vllm_orthrus.integration.runner import (
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import HypothesisRows, OnePass
+from vllm_orthrus.reporting import OnePassReport
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
@@ -101,6 +104,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             num_reqs, self.block, vllm_config.model_config.get_hidden_size(), dtype=self.dtype, device=device
         )
         self.one_pass: OnePass | None = None
+        self.report: OnePassReport | None = None
         self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
         self.logits: torch.Tensor | None = None  # of the rows being sampled, if they are known already
 
@@ -136,6 +140,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         )
         if config.orthrus_passes == "one":
             self.one_pass = OnePass(view, self.vllm_config, self.max_num_reqs, self.device)
+            if is_global_first_rank():
+                self.report = OnePassReport(HypothesisState.COUNTERS, self.one_pass.state.counters)
         return view.eval()
 
     def set_attn(
@@ -308,6 +314,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.slots[:n] = slot[:, None]
         self._sample_and_guess(n)
         drafts.copy_(self.drafts[:n])
+        if self.report is not None:
+            self.report.tick()
 
     def _sample_and_guess(self, n: int) -> None:
         """Sample drafts from the blocks at hand, and choose hypotheses about what will become of them."""
