@@ -57,7 +57,10 @@ class OnePass:
         self.input_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self.positions = torch.zeros(most, dtype=torch.int64, device=device)
         self.prefix_lengths = torch.full((most // self.block,), -1, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(most, hidden_size, dtype=vllm_config.model_config.dtype, device=device)
+        dtype = vllm_config.model_config.dtype
+        self.hidden = torch.zeros(most, hidden_size, dtype=dtype, device=device)
+        # Blocks from a pass of their own, for requests that have no verification yet.
+        self.drafted = torch.zeros(max_num_reqs, self.block, hidden_size, dtype=dtype, device=device)
         # About the forward that ran last. A replayed graph runs no Python and leaves the second and third alone.
         self.prepared = False
         self.ran_in_python = False

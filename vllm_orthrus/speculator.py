@@ -1,4 +1,4 @@
-"""The two-pass Orthrus loop on Model Runner V2.
+"""The Orthrus loop on Model Runner V2.
 
 vLLM runs the verification: the autoregressive view over `[anchor, d1..dK]`, then its rejection sampler, which yields
 the accepted drafts and one bonus token. The bonus is the next anchor. This file does the other half:
@@ -6,6 +6,9 @@ the accepted drafts and one bonus token. The bonus is the next anchor. This file
     block  = [anchor, MASK, ..., MASK]           at positions p, p+1, ...
     hidden = diffusion view of the block         over the target's cache before p
     d1..dK = sampled from the first K rows       row i predicts position p+i+1
+
+In one pass (`onepass.py`) the blocks come with the verification's own forward, and this file takes up the one that came
+true; it drafts in a pass of its own only behind prompts and for batches that are too large.
 
 Everything runs on the device: the host knows neither how many drafts were accepted nor where a block starts.
 """
@@ -19,13 +22,13 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
+from vllm_orthrus.graphs import BlockGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
 from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
-    CudaGraphManager,
     CUDAGraphMode,
     DraftModelSpeculator,
     InputBatch,
@@ -49,41 +52,6 @@ from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 logger = init_logger("vllm.orthrus")
 
 
-# A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it.
-MAX_GRAPH_ROWS = 2048
-
-
-class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
-    """CUDA graphs of the draft pass, one per number of requests.
-
-    vLLM's own grid counts tokens and stops at a size meant for the target; a draft always has `block` rows per
-    request, so the only thing that varies is how many requests there are.
-    """
-
-    def _init_candidates(self) -> None:
-        if not self.cudagraph_mode or not self.compilation_config.cudagraph_capture_sizes:
-            return
-        scheduler = self.vllm_config.scheduler_config
-        at_once = min(self.max_num_reqs, scheduler.max_num_active_seqs or self.max_num_reqs)
-        largest = min(at_once, max(1, MAX_GRAPH_ROWS // self.decode_query_len))
-        counts = [count for count in (1, 2, 4, *range(8, largest, 8)) if count < largest]
-        descriptors = [
-            BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.FULL,
-                num_tokens=count * self.decode_query_len,
-                num_reqs=count,
-                uniform_token_count=self.decode_query_len,
-            )
-            for count in (*counts, largest)
-        ]
-        self._capture_descs[CUDAGraphMode.FULL] = descriptors[::-1]  # largest first, so that the pool is reused
-        smallest = 0
-        for descriptor in descriptors:
-            for num_tokens in range(smallest, descriptor.num_tokens + 1):
-                self._candidates[num_tokens, 0] = [descriptor]
-            smallest = descriptor.num_tokens + 1
-
-
 class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -100,9 +68,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.drafts = torch.zeros(num_reqs, drafts, dtype=torch.int64, device=device)
         self.prefix_blocks: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
 
-        self.hidden = torch.zeros(  # of the blocks that were drafted last
-            num_reqs, self.block, vllm_config.model_config.get_hidden_size(), dtype=self.dtype, device=device
-        )
         self.one_pass: OnePass | None = None
         self.report: OnePassReport | None = None
         self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
@@ -286,9 +251,9 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if self.one_pass is None:  # the pass has drafted already
             return False
         if self.one_pass.num_hypotheses(n) == 0:
-            self._sample(n, self.hidden[:n, : self.num_speculative_steps], self.positions[:n])
+            self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.positions[:n])
             return False
-        self.one_pass.state.begin(self.slots[:n, 0], self.hidden[:n])
+        self.one_pass.state.begin(self.slots[:n, 0], self.one_pass.drafted[:n])
         self._sample_and_guess(n)
         return True
 
@@ -416,7 +381,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
         hidden = hidden.view(num_reqs, self.block, -1)
         if self.one_pass is not None:
-            self.hidden[:num_reqs] = hidden
+            self.one_pass.drafted[:num_reqs] = hidden
             return
         # A draw is keyed by the position of the row it comes from.
         self._sample(num_reqs, hidden[:, : self.num_speculative_steps], self.positions[:num_reqs])

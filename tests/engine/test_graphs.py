@@ -11,8 +11,8 @@ import pytest
 
 from tests.engine.conftest import StartEngine
 from tests.engine.harness import prompts
+from vllm_orthrus.graphs import MAX_GRAPH_ROWS, BlockGraphs
 from vllm_orthrus.integration.runner import BatchExecutionDescriptor, CUDAGraphMode
-from vllm_orthrus.speculator import MAX_GRAPH_ROWS, BlockGraphs
 
 
 class ReplayedClosures(BlockGraphs):
@@ -80,7 +80,7 @@ def test_batches_beyond_the_graphs_are_announced(
     engine = start(oracle_config, max_num_seqs=8)
     speculator, said = engine.runner.speculator, []
     monkeypatch.setattr("vllm_orthrus.speculator.logger.warning_once", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr("vllm_orthrus.speculator.MAX_GRAPH_ROWS", 4)
+    monkeypatch.setattr("vllm_orthrus.graphs.MAX_GRAPH_ROWS", 4)
     graphs = speculator.graphs = ReplayedClosures(8, speculator.block)
     speculator.capture()
     for count in (3, 8):

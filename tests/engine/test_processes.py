@@ -35,28 +35,52 @@ def generate(tmp_path: Path, model: Path, speculative: dict[str, Any] | None, op
     return result_of(tmp_path, GENERATE, str(model), speculative, options, prompts(4), multiprocessing=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_spawned_workers(ranks: int, tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path: Path) -> None:
-    expected, _ = generate(tmp_path, tiny.base, None, {})
-    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, oracle_config, {"tensor_parallel_size": ranks})
-    assert tokens == expected
-    assert 0 < drafted == accepted
-
-
-def test_ray_workers(tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path: Path) -> None:
-    """The config travels to Ray's actors by name, before they have loaded any plugin."""
-    pytest.importorskip("ray")
-    expected, _ = generate(tmp_path, tiny.base, None, {})
-    options = {"tensor_parallel_size": 2, "ray": True}
-    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, oracle_config, options)
-    assert tokens == expected
-    assert 0 < drafted == accepted
+@pytest.fixture(scope="module")
+def expected(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What vLLM without drafts says."""
+    tokens, _ = generate(tmp_path_factory.mktemp("plain"), tiny.base, None, {})
+    return tokens
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny: Checkpoints, oracle_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def copying(tiny: Checkpoints) -> dict[str, Any]:
+    """Oracle 1: every draft is accepted, on every rank."""
+    head = {"model": str(tiny.copy_head), "num_speculative_tokens": 1}
+    return {"method": "orthrus", "orthrus_passes": "two"} | head
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_spawned_workers(ranks: int, tiny: Checkpoints, copying: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": ranks})
+    assert tokens == expected
+    assert 0 < drafted == accepted
+
+
+def test_ray_workers(tiny: Checkpoints, copying: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    """The config travels to Ray's actors by name, before they have loaded any plugin."""
+    pytest.importorskip("ray")
+    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": 2, "ray": True})
+    assert tokens == expected
+    assert 0 < drafted == accepted
+
+
+def test_one_pass_on_two_ranks(tiny: Checkpoints, expected: Any, tmp_path: Path) -> None:
+    """Each rank guesses for itself; were their guesses to differ, their sums would be of different rows."""
+    one_pass = {"method": "orthrus", "model": str(tiny.block_head), "orthrus_passes": "one", "orthrus_rows": 512}
+    counts = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        options = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 512}
+        tokens, (_, *drafts) = generate(folder, tiny.base, one_pass, options)
+        assert tokens == expected
+        counts.append(drafts)
+    assert counts[0] == counts[1]
+    assert counts[0][1] > 0
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Checkpoints, copying: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_tokenizer(tiny.base)
     log = tmp_path_factory.mktemp("server") / "log"
     options = [
@@ -65,7 +89,7 @@ def server(
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        with serving(tiny.base, log, oracle_config, options) as server:
+        with serving(tiny.base, log, copying, options) as server:
             yield server
 
 
