@@ -70,3 +70,18 @@ def plain(start: StartEngine) -> Engine:
 @pytest.fixture(scope="module")
 def oracle(start: StartEngine, oracle_config: dict[str, Any]) -> Engine:
     return start(oracle_config)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines started in this test schedule ahead, which vLLM switches off on CPUs, where it gains nothing."""
+    from vllm.engine.arg_utils import EngineArgs  # once the harness has said how vLLM is to run
+
+    create = EngineArgs.create_engine_config
+
+    def create_asynchronous(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        config.scheduler_config.async_scheduling = True
+        return config
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", create_asynchronous)

@@ -109,6 +109,17 @@ def test_chunked_prefill_preemption_and_prefix_hits(
     assert comparer.worst <= 1e-5
 
 
+@pytest.mark.usefixtures("asynchronous")
+def test_asynchronous_scheduling(start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer) -> None:
+    engine = start(one_pass(tiny.block_head), max_num_batched_tokens=512, num_gpu_blocks_override=18)
+    given = prompts(8, shortest=20)
+    run = engine.run(given, 60)
+    assert run.tokens == plain.run(given, 60).tokens
+    assert run.preemptions > 0
+    assert comparer.blocks > 50
+    assert comparer.worst <= 1e-5
+
+
 def test_context_limit(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
     long = [[(5 * j) % 250 for j in range(240)], [(3 * j) % 250 for j in range(247)]]
     assert drafting.run(long, 64).tokens == plain.run(long, 64).tokens

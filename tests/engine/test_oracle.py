@@ -100,19 +100,8 @@ def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: d
     assert again.tokens == first.tokens
 
 
-def test_asynchronous_scheduling(
-    start: StartEngine, oracle_config: dict[str, Any], plain: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    create = EngineArgs.create_engine_config
-
-    def create_asynchronous(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        config = create(self, *args, **kwargs)
-        config.scheduler_config.async_scheduling = True  # vLLM switches it off on CPUs, where it gains nothing
-        return config
-
-    monkeypatch.setattr(EngineArgs, "create_engine_config", create_asynchronous)
+@pytest.mark.usefixtures("asynchronous")
+def test_asynchronous_scheduling(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
     engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
     core = engine.llm.llm_engine.engine_core.engine_core
     assert core.batch_queue_size == 2
