@@ -84,7 +84,7 @@ class OnePass:
         return int(min(max(0, left // self.block), self.most_hypotheses))
 
     def prepare(self, batch: InputBatch) -> HypothesisRows | None:
-        """The rows for this batch, if it only decodes; rows without a hypothesis if a graph holds their places."""
+        """The rows for this batch, if it only decodes."""
         self.prepared = self.ran_in_python = self.ran_with_rows = False
         num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
         count = self.num_hypotheses(padded)
@@ -95,8 +95,8 @@ class OnePass:
         views.blocks.prefix_lengths[num_reqs:] = -1
         computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
         if not (computed >= prompt).all():
-            views.blocks.prefix_lengths.fill_(-1)
-            return views
+            views.blocks.prefix_lengths.fill_(-1)  # for a graph that holds places for rows all the same
+            return None
         starts = batch.query_start_loc[: num_reqs + 1].long()
         anchor_positions = batch.positions[starts[:-1]]  # [num_reqs]
         rows = self.state.rows(batch.idx_mapping[:num_reqs], anchor_positions, starts.diff() - 1, count)
