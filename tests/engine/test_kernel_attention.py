@@ -18,6 +18,7 @@ def checked(tiny: Checkpoints, **settings: Any) -> dict[str, Any]:
     return {"method": "orthrus", "model": str(tiny.block_head)} | both | settings
 
 
+@pytest.mark.slow
 def test_kernel_and_write_through_agree(start: StartEngine, tiny: Checkpoints) -> None:
     """Requests of different lengths, sharing prefixes, coming and going, and preempted for want of blocks."""
     engine = start(
