@@ -1,5 +1,6 @@
 """Engines are expensive: each configuration is started once and shared by the tests that need just that."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 
 from tests.engine import checkpoints
 from tests.engine.harness import Engine
+
+THOROUGH = bool(os.environ.get("ORTHRUS_TEST_ALL_PROMPTS"))
 
 StartEngine = Callable[..., Engine]
 
@@ -29,6 +32,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 def path(request: pytest.FixtureRequest) -> str:
     """How a block reads the cache."""
     return str(request.param)
+
+
+@pytest.fixture
+def compiled(path: str) -> None:
+    """For tests that say nothing of the kernel beyond what others say: interpreted, it would take minutes in each."""
+    if path == "kernel" and not THOROUGH:
+        pytest.skip("a matter for the other ways to read the cache; ORTHRUS_TEST_ALL_PROMPTS=1 runs it all the same")
 
 
 @pytest.fixture(scope="session")

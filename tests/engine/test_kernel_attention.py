@@ -1,16 +1,15 @@
 """The kernel inside the engine: it reads what the target's own attention layers read, and can be captured."""
 
-import os
 from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.conftest import THOROUGH, Checkpoints, StartEngine
 from tests.engine.harness import prompts
 from vllm_orthrus.write_through import CheckedAttention
 
 # Interpreted, a draft takes about half a second.
-DRAFTS = 2000 if os.environ.get("ORTHRUS_TEST_ALL_PROMPTS") else 60
+DRAFTS = 2000 if THOROUGH else 60
 
 
 def checked(tiny: Checkpoints, **settings: Any) -> dict[str, Any]:

@@ -21,12 +21,14 @@ def test_plain_decoding(oracle: Engine, plain: Engine) -> None:
     assert all(len(set(tokens)) > 8 for tokens in expected.tokens), "output too monotonous to prove anything"
 
 
+@pytest.mark.usefixtures("compiled")
 def test_single_request(oracle: Engine, plain: Engine) -> None:
     drafted = oracle.run(prompts(1), 40)
     assert all_accepted(drafted)
     assert drafted.tokens == plain.run(prompts(1), 40).tokens
 
 
+@pytest.mark.usefixtures("compiled")
 def test_more_requests_than_run_at_once(oracle: Engine, plain: Engine) -> None:
     """Prompts are read while other requests decode, with different lengths of output."""
     drafted = oracle.run(prompts(20), 24)
@@ -34,6 +36,7 @@ def test_more_requests_than_run_at_once(oracle: Engine, plain: Engine) -> None:
     assert drafted.tokens == plain.run(prompts(20), 24).tokens
 
 
+@pytest.mark.usefixtures("compiled")
 def test_context_limit(oracle: Engine, plain: Engine) -> None:
     """Generation stops at max_model_len, where the last blocks reach past it."""
     long = [[(5 * j) % 250 for j in range(240)], [(3 * j) % 250 for j in range(247)]]
@@ -44,6 +47,7 @@ def test_context_limit(oracle: Engine, plain: Engine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 def test_far_positions(
     start: StartEngine, oracle_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +81,7 @@ def test_prefix_hits_and_preemption(start: StartEngine, oracle_config: dict[str,
     assert first.tokens == again.tokens == expected
 
 
+@pytest.mark.usefixtures("compiled")
 def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any]) -> None:
     """With the draft distribution equal to the target's, every acceptance ratio is one."""
     engine = start(oracle_config | {"draft_sample_method": "probabilistic"})
@@ -85,6 +90,7 @@ def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any])
     assert engine.run(prompts(6), 40, temperature=0.9, seed=3).tokens == drafted.tokens, "seeds do not reproduce"
 
 
+@pytest.mark.usefixtures("compiled")
 def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: dict[str, Any]) -> None:
     """All of the prompt but its last token comes from the cache, so that its prefill looks like a decoding step.
 
@@ -100,7 +106,7 @@ def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: d
     assert again.tokens == first.tokens
 
 
-@pytest.mark.usefixtures("asynchronous")
+@pytest.mark.usefixtures("compiled", "asynchronous")
 def test_asynchronous_scheduling(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
     engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
     core = engine.llm.llm_engine.engine_core.engine_core

@@ -177,13 +177,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture
-def compiled(path: str) -> None:
-    """Interpreted, ours would take minutes here; it has planted faults of its own in tests/kernels."""
-    if path == "kernel":
-        pytest.skip("the kernel's own planted faults are in tests/kernels")
-
-
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_acceptance_notices(fault: str, oracle: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from tests.engine import checkpoints
-from tests.engine.conftest import StartEngine
+from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
 
 pytestmark = pytest.mark.slow
 
 SAMPLES, LENGTH, VOCAB = 320, 8, 12
+MORE = [
+    {"draft_sample_method": "probabilistic", "orthrus_passes": "two", "rejection_sample_method": "block"},
+    {"draft_sample_method": "greedy", "orthrus_passes": "one"},
+]
 ROWS = {"orthrus_rows": 64 * 4 * 6, "orthrus_hypotheses": 3}  # room for one pass with all requests at once
 Tokens = np.ndarray[Any, np.dtype[np.int64]]  # [samples, length]
 
@@ -71,9 +75,8 @@ def plain_samples(start: StartEngine, small: tuple[Path, Path]) -> Tokens:
     [
         {"draft_sample_method": "greedy", "orthrus_passes": "two"},
         {"draft_sample_method": "probabilistic", "orthrus_passes": "two"},
-        {"draft_sample_method": "probabilistic", "orthrus_passes": "two", "rejection_sample_method": "block"},
-        {"draft_sample_method": "greedy", "orthrus_passes": "one"},
         {"draft_sample_method": "probabilistic", "orthrus_passes": "one"},
+        *(MORE if THOROUGH else []),
     ],
     ids=lambda settings: "-".join(settings.values()),
 )

@@ -1,13 +1,12 @@
 """The shipped trained head: identical greedy text, and as many tokens per cycle as the reference loop gets."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.engine.conftest import StartEngine
+from tests.engine.conftest import THOROUGH, StartEngine
 from vllm_orthrus.training.evaluate import read_prompts
 from vllm_orthrus.training.onepass import OnePass, figures
 from vllm_orthrus.training.onepass import Run as SimulatedRun
@@ -16,8 +15,7 @@ from vllm_orthrus.training.reference import Cycle, Reference, tokens_per_cycle
 TINY = Path(__file__).parents[2] / "examples" / "tiny-orthrus"
 PROMPTS, LENGTH = 200, 128
 # These take up to ten minutes each: a fifth of the prompts, unless all are asked for.
-ALL = bool(os.environ.get("ORTHRUS_TEST_ALL_PROMPTS"))
-STEP = {16: 1, 1: 1 if ALL else 5}
+STEP = {16: 1, 1: 1 if THOROUGH else 5}
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,7 +85,7 @@ class Rate(NamedTuple):
     two_pass: float
 
 
-@pytest.mark.parametrize("hypotheses", GAINS if ALL else [8])
+@pytest.mark.parametrize("hypotheses", GAINS if THOROUGH else [8])
 def test_one_pass(hypotheses: int, start: StartEngine, held_out: HeldOut) -> None:
     """Identical text, in as many forwards as the simulator needs, and far fewer than two passes need."""
     one_pass = {"orthrus_passes": "one", "orthrus_hypotheses": hypotheses, "orthrus_rows": 8192}
@@ -107,7 +105,7 @@ def test_one_pass(hypotheses: int, start: StartEngine, held_out: HeldOut) -> Non
         drafted = forwards = 0
         simulated: list[SimulatedRun] = []
         cycles: list[Cycle] = []
-        few = indices if ALL else indices[:: max(1, len(indices) // AT_ONCE)][:AT_ONCE]
+        few = indices if THOROUGH else indices[:: max(1, len(indices) // AT_ONCE)][:AT_ONCE]
         # As many at a time as run together, so that no draft pass for a newcomer gives the others a block as well.
         for first in range(0, len(few), AT_ONCE):
             chunk = few[first : first + AT_ONCE]
