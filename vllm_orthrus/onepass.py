@@ -46,7 +46,6 @@ class OnePass:
         self.block, self.verified = config.orthrus_block_size, config.num_speculative_tokens + 1
         self.most_hypotheses = config.orthrus_hypotheses
         self.most_rows = min(config.orthrus_rows, vllm_config.scheduler_config.max_num_batched_tokens)
-        self.max_num_reqs = max_num_reqs
         self.state = HypothesisState(vllm_config, max_num_reqs, device)
         self.plain_forward = view.target.forward
         self.attention: BlockAttention | None = None  # known once there is a cache

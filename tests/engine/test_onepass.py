@@ -30,11 +30,8 @@ class Comparer:
         self.worst, self.blocks = 0.0, 0
 
     def compare(self, speculator: OrthrusSpeculator, rows: HypothesisRows, longest: int) -> None:
-        one = speculator.one_pass
-        assert one is not None
-        tables = speculator.block_tables
-        groups = [tables.block_sizes[0]]
-        attention = GatherAttention([CachedLayer(attn, 0, groups[0]) for attn in speculator._target_attention()])
+        size = speculator.block_tables.block_sizes[0]
+        attention = GatherAttention([CachedLayer(attn, 0, size) for attn in speculator._target_attention()])
         prefixes = rows.blocks.prefix_lengths  # [n, H]
         n, count = prefixes.shape
         positions = rows.positions.view(n, count, -1)
