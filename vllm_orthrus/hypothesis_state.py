@@ -1,37 +1,30 @@
 """What one-pass drafting remembers of each request from one step to the next, by slot and on the device."""
 
-from typing import NamedTuple
-
 import torch
 
 from vllm_orthrus import policy
 from vllm_orthrus.integration.runner import VllmConfig
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
-
-
-class Rows(NamedTuple):
-    """Hypotheses as blocks. prefix_lengths is -1 where there is none."""
-
-    input_ids: torch.Tensor  # [n, H, block]
-    positions: torch.Tensor
-    prefix_lengths: torch.Tensor  # [n, H]
+from vllm_orthrus.kernels.prepare_hypotheses import Remembered
 
 
 class HypothesisState:
-    """For each slot: the newest block at hand, the drafts taken from it, and the hypotheses about their fate."""
+    """For each slot: the newest block at hand, the drafts taken from it, and the hypotheses about their fate.
+
+    Slot -1 stands for rows of a graph that no request fills. There is one place more than requests, so what is written
+    there is nobody's. All of it stays where it is in memory and nothing is read back, as a graph demands.
+    """
 
     COUNTERS = ("verifications", "hits", "accepted_count_missed", "bonus_missed", "tokens", "rows")
 
     def __init__(self, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
         config, model = vllm_config.speculative_config, vllm_config.model_config
-        self.vllm_config = vllm_config
         self.block, self.drafting_rows = config.orthrus_block_size, config.orthrus_drafting_rows
         self.num_drafts, self.count = config.num_speculative_tokens, config.orthrus_hypotheses
-        self.mask_token_id = config.orthrus_mask_token_id
         block, num_drafts, hypotheses = self.block, self.num_drafts, self.count
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(max_num_reqs, *shape, dtype=dtype, device=device)
+            return torch.zeros(max_num_reqs + 1, *shape, dtype=dtype, device=device)
 
         self.block_hidden = zeros(block, model.get_hidden_size(), dtype=model.dtype)  # of the newest block
         self.offset = zeros()  # its row that predicts what follows the anchor
@@ -48,32 +41,21 @@ class HypothesisState:
             share=zeros(places, candidates, dtype=torch.float32),
         )
         self.sampled = zeros(dtype=torch.bool)
-        self.history = policy.new_history(max_num_reqs, device)
+        self.history = policy.new_history(max_num_reqs + 1, device)
         self.calibration = policy.new_calibration(device)
         self.values = policy.block_values(block, self.drafting_rows, hypotheses, device)
-        self.row_offsets = torch.arange(block, device=device)
         self.places = torch.arange(places, device=device)
         self.counters = torch.zeros(len(self.COUNTERS), dtype=torch.int64, device=device)
 
-    def begin(self, slot: torch.Tensor, block_hidden: torch.Tensor) -> None:
-        """A separate draft pass has given these requests a new block: block_hidden [n, block, hidden]."""
+    def remembered(self) -> Remembered:
+        return Remembered(self.anchor_position, self.accepted, self.token)
+
+    def begin(self, slot: torch.Tensor, block_hidden: torch.Tensor, new: torch.Tensor) -> None:
+        """A separate draft pass has given these requests a block: block_hidden [n, block, hidden]; new [n]: a first."""
         self.block_hidden[slot] = block_hidden
         self.offset[slot] = 0
         for part in self.history:
-            part[slot] = 0
-
-    def rows(self, slot: torch.Tensor, anchor_position: torch.Tensor, num_drafts: torch.Tensor, count: int) -> Rows:
-        """The blocks of the `count` best hypotheses for a verification of `num_drafts` [n] behind the anchors."""
-        accepted = self.accepted[slot, :count]  # [n, H]
-        current = (self.anchor_position[slot] == anchor_position)[:, None]
-        real = current & (accepted != NONE) & (accepted <= num_drafts[:, None])
-        prefix = torch.where(real, anchor_position[:, None] + accepted + 1, -1)  # [n, H]
-        last = self.vllm_config.model_config.max_model_len - 1
-        # Drafts beyond the context limit are never scheduled, but their rows need a position.
-        positions = (prefix.clamp(min=0)[..., None] + self.row_offsets).clamp(max=last)  # [n, H, block]
-        input_ids = torch.full_like(positions, self.mask_token_id)
-        input_ids[..., 0] = torch.where(real, self.token[slot, :count], 0)
-        return Rows(input_ids, positions, prefix)
+            part[slot] = torch.where(new, 0, part[slot])
 
     def settle(
         self,
@@ -86,7 +68,8 @@ class HypothesisState:
     ) -> None:
         """Verification has spoken: take up the newest block it made useful.
 
-        prefix_lengths [n, H] as the rows had them; hidden [n, H, block, hidden]; last_sampled [n], the bonus.
+        prefix_lengths [n, H] as the rows had them; hidden [n, H, block, hidden]; num_sampled [n], 0 where there is no
+        request; last_sampled [n], the bonus.
         """
         count = prefix_lengths.shape[1]
         accepted = torch.where(prefix_lengths >= 0, self.accepted[slot, :count], NONE)
@@ -104,11 +87,13 @@ class HypothesisState:
         covered = count_covered(hypotheses, drafts.tokens, drafts.real, num_sampled - 1)
         rows = num_sampled + num_rejected + self.block * count  # those of the verification, and the hypotheses'
         counted = (torch.ones_like(hit), hit, ~hit & ~covered, ~hit & covered, num_sampled, rows)
-        self.counters += torch.stack([part.long() for part in counted]).sum(1)
+        self.counters += (torch.stack([part.long() for part in counted]) * (num_sampled > 0)).sum(1)
         history = policy.History(*(part[slot] for part in self.history))
-        self.calibration, history = policy.update_calibration(
+        calibration, history = policy.update_calibration(
             self.calibration, history, drafts, self.sampled[slot], num_sampled, last_sampled
         )
+        for part, new in zip(self.calibration, calibration, strict=True):
+            part.copy_(new)
         for part, new in zip(self.history, history, strict=True):
             part[slot] = new
 

@@ -25,6 +25,7 @@ from vllm_orthrus.integration.runner import (
     VllmConfig,
     get_forward_context,
 )
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
 from vllm_orthrus.view import DiffusionView
 
 
@@ -46,6 +47,7 @@ class OnePass:
         self.block, self.verified = config.orthrus_block_size, config.num_speculative_tokens + 1
         self.most_hypotheses = config.orthrus_hypotheses
         self.most_rows = min(config.orthrus_rows, vllm_config.scheduler_config.max_num_batched_tokens)
+        self.mask_token_id, self.max_model_len = config.orthrus_mask_token_id, vllm_config.model_config.max_model_len
         self.state = HypothesisState(vllm_config, max_num_reqs, device)
         self.plain_forward = view.target.forward
         self.attention: BlockAttention | None = None  # known once there is a cache
@@ -90,19 +92,23 @@ class OnePass:
         if self.attention is None or count == 0:
             return None
         longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
-        views = self._views(padded, count, longest)
-        views.blocks.prefix_lengths[num_reqs:] = -1
+        views = self.views(padded, longest)
         computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
         if not (computed >= prompt).all():
             views.blocks.prefix_lengths.fill_(-1)  # for a graph that holds places for rows all the same
             return None
-        starts = batch.query_start_loc[: num_reqs + 1].long()
-        anchor_positions = batch.positions[starts[:-1]]  # [num_reqs]
-        rows = self.state.rows(batch.idx_mapping[:num_reqs], anchor_positions, starts.diff() - 1, count)
-        size = num_reqs * count * self.block
-        views.input_ids[:size] = rows.input_ids.flatten()
-        views.blocks.positions[:num_reqs] = rows.positions.flatten(1)
-        views.blocks.prefix_lengths[:num_reqs] = rows.prefix_lengths
+        prepare_hypotheses(
+            num_reqs,
+            self.state.remembered(),
+            Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
+            HypothesisBlocks(
+                views.input_ids.view(padded, count, self.block),
+                views.positions.view(padded, count, self.block),
+                views.blocks.prefix_lengths,
+            ),
+            self.mask_token_id,
+            self.max_model_len,
+        )
         self.prepared = True
         return views
 
@@ -110,7 +116,7 @@ class OnePass:
         """Rows without a hypothesis, to capture a graph with."""
         if self.attention is None or not self._in_graph(num_reqs, num_tokens):
             return None
-        views = self._views(num_reqs, self.num_hypotheses(num_reqs), 0)
+        views = self.views(num_reqs)
         views.blocks.prefix_lengths.fill_(-1)
         return views
 
@@ -118,7 +124,9 @@ class OnePass:
         """Whether a graph of this shape was captured with rows."""
         return num_tokens == num_reqs * self.verified and self.num_hypotheses(num_reqs) > 0
 
-    def _views(self, num_reqs: int, count: int, longest: int) -> HypothesisRows:
+    def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
+        """The rows of this many requests, whatever stands in them."""
+        count = self.num_hypotheses(num_reqs)
         blocks = num_reqs * count
         rows = blocks * self.block
         return HypothesisRows(
@@ -133,13 +141,10 @@ class OnePass:
             self.hidden[:rows],
         )
 
-    def results(self, batch: InputBatch) -> HypothesisRows | None:
-        """What the rows that were prepared for this batch came to, if they took part in its forward."""
-        padded = batch.num_reqs_after_padding
-        in_graph = self._in_graph(padded, batch.num_tokens_after_padding)
-        if not self.prepared or not (self.ran_with_rows if self.ran_in_python else in_graph):
-            return None
-        return self._views(batch.num_reqs, self.num_hypotheses(padded), 0)
+    def carried(self, batch: InputBatch) -> bool:
+        """Whether the rows that were prepared for this batch took part in its forward."""
+        in_graph = self._in_graph(batch.num_reqs_after_padding, batch.num_tokens_after_padding)
+        return self.prepared and (self.ran_with_rows if self.ran_in_python else in_graph)
 
     def forward(
         self,

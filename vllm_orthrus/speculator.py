@@ -29,6 +29,7 @@ from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
+    CudaGraphManager,
     CUDAGraphMode,
     DraftModelSpeculator,
     InputBatch,
@@ -44,7 +45,7 @@ from vllm_orthrus.integration.runner import (
 )
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
-from vllm_orthrus.onepass import HypothesisRows, OnePass
+from vllm_orthrus.onepass import OnePass
 from vllm_orthrus.reporting import OnePassReport
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
@@ -73,11 +74,17 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
         self.logits: torch.Tensor | None = None  # of the rows being sampled, if they are known already
 
+        # What a graph that takes up an outcome reads beside that. Nothing sampled: no request.
+        self.num_sampled = torch.zeros(num_reqs, dtype=torch.int64, device=device)
+        self.num_rejected = torch.zeros(num_reqs, dtype=torch.int64, device=device)
+
+        self.every_row = torch.arange(num_reqs, device=device)
         self.row_offsets = torch.arange(self.block, device=device)
         self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(num_reqs)
         self.attention: BlockAttention | None = None
         # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
         self.graphs: BlockGraphs | None = None
+        self.outcome_graphs: CudaGraphManager | None = None
 
     # Setting up, in the order in which vLLM calls
 
@@ -177,6 +184,10 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self.attention.supports_graphs
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = BlockGraphs(self.vllm_config, self.device, mode, decode_query_len=self.block)
+        if self.one_pass is not None:
+            # The same numbers of requests as the verification's own graphs, so that both pad a batch alike.
+            verified = self.num_speculative_steps + 1
+            self.outcome_graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=verified)
 
     def capture(self) -> None:
         assert self.graphs is not None and self.attention is not None
@@ -190,6 +201,16 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.graphs.capture(prepare, "Capturing Orthrus drafts")
         captured = sorted(descriptor.num_reqs for descriptor in self.graphs.graphs)
         logger.info("Orthrus drafts have CUDA graphs for these numbers of requests: %s; others run eagerly.", captured)
+        if self.outcome_graphs is not None:
+            self._capture_outcomes(self.outcome_graphs)
+
+    def _capture_outcomes(self, graphs: CudaGraphManager) -> None:
+        self.num_sampled.zero_()
+
+        def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            return lambda mode: self._take_up(descriptor.num_reqs)
+
+        graphs.capture(prepare, "Capturing Orthrus outcomes")
 
     # One step
 
@@ -224,13 +245,19 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if dummy_run:
             self._clear_rows(0)
             self._run(num_reqs, longest=0, eager=is_profile)
-            self._finish(num_reqs)
+            self._finish(num_reqs, torch.ones(num_reqs, dtype=torch.bool, device=self.device))
             return drafts
 
         slots = input_batch.idx_mapping_np[:num_reqs]
-        carried = self.one_pass.results(input_batch) if self.one_pass is not None else None
-        if carried is not None and self.current[slots].all():
-            self._take_up(carried, input_batch, num_sampled, num_rejected, last_sampled, drafts)
+        carried = self.one_pass is not None and self.one_pass.carried(input_batch)
+        sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        if carried and self.current[slots].all():
+            self._prepare_blocks(self.every_row[:num_reqs], input_batch, *sampled)
+            self._stage(num_reqs, num_sampled, num_rejected)
+            self._run_outcome(input_batch.num_reqs_after_padding)
+            drafts.copy_(self.drafts[:num_reqs])
+            if self.report is not None:
+                self.report.tick()
             return drafts
 
         self.current[slots] = False
@@ -239,48 +266,59 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if len(drafting) == 0:
             return drafts
         rows = async_tensor_h2d(drafting, self.device)  # [n], rows of the batch
-        self._prepare_blocks(rows, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        self._prepare_blocks(rows, input_batch, *sampled)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self._run(len(drafting), longest, eager=False)
-        self.current[slots[drafting]] = self._finish(len(drafting))
+        reading = input_batch.num_computed_tokens_np[drafting] < input_batch.prefill_len_np[drafting]
+        self.current[slots[drafting]] = self._finish(len(drafting), async_tensor_h2d(reading, self.device))
         drafts[rows] = self.drafts[: len(drafting)]
         return drafts
 
-    def _finish(self, n: int) -> bool:
-        """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one."""
+    def _finish(self, n: int, new: torch.Tensor) -> bool:
+        """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one.
+
+        new [n]: requests whose prompt ends in this very step.
+        """
         if self.one_pass is None:  # the pass has drafted already
             return False
         if self.one_pass.num_hypotheses(n) == 0:
             self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.positions[:n])
             return False
-        self.one_pass.state.begin(self.slots[:n, 0], self.one_pass.drafted[:n])
+        self.one_pass.state.begin(self.slots[:n, 0], self.one_pass.drafted[:n], new)
         self._sample_and_guess(n)
         return True
 
-    def _take_up(
-        self,
-        carried: HypothesisRows,
-        batch: InputBatch,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
-        drafts: torch.Tensor,
-    ) -> None:
-        """One pass: the drafts are rows of a block that this verification carried, or of the one before it."""
+    def _stage(self, num_reqs: int, num_sampled: torch.Tensor, num_rejected: torch.Tensor) -> None:
+        for buffer, values in ((self.num_sampled, num_sampled), (self.num_rejected, num_rejected)):
+            buffer[:num_reqs] = values[:num_reqs]
+            buffer[num_reqs:] = 0
+
+    def _run_outcome(self, num_reqs: int) -> None:
+        if self.outcome_graphs is not None:
+            verified = self.num_speculative_steps + 1
+            graph = self.outcome_graphs.dispatch(num_reqs, num_reqs * verified, verified, num_active_loras=0)
+            # How many hypotheses each request has depends on how many requests there are: no other graph will do.
+            if graph.cg_mode == CUDAGraphMode.FULL and graph.num_reqs == num_reqs:
+                self.outcome_graphs.run_fullgraph(graph)
+                return
+        self._take_up(num_reqs)
+
+    def _take_up(self, n: int) -> None:
+        """One pass: draft from rows of a block that this verification carried, or of the one before it.
+
+        On buffers only: this, too, is what a CUDA graph captures.
+        """
         assert self.one_pass is not None
-        n, state = batch.num_reqs, self.one_pass.state
-        slot = batch.idx_mapping[:n]
-        anchor = last_sampled[slot, 0]
-        hidden = carried.hidden.view(n, -1, self.block, carried.hidden.shape[1])
-        state.settle(slot, carried.blocks.prefix_lengths, hidden, num_sampled[:n], num_rejected[:n], anchor)
-        last_kept = batch.query_start_loc[1 : n + 1] - num_rejected[:n] - 1
-        self.positions[:n, 0] = batch.positions[last_kept] + 1
-        self.input_ids[:n, 0] = anchor
-        self.slots[:n] = slot[:, None]
+        rows = self.one_pass.views(n)
+        self.one_pass.state.settle(
+            self.slots[:n, 0],
+            rows.blocks.prefix_lengths,
+            rows.hidden.view(n, -1, self.block, rows.hidden.shape[1]),
+            self.num_sampled[:n],
+            self.num_rejected[:n],
+            self.input_ids[:n, 0],
+        )
         self._sample_and_guess(n)
-        drafts.copy_(self.drafts[:n])
-        if self.report is not None:
-            self.report.tick()
 
     def _sample_and_guess(self, n: int) -> None:
         """Sample drafts from the blocks at hand, and choose hypotheses about what will become of them."""

@@ -54,8 +54,8 @@ def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
 
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
-        rows = self.one_pass.results(batch) if self.one_pass is not None and not named.get("dummy_run") else None
-        if rows is not None:
+        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(batch):
+            rows = self.one_pass.views(batch.num_reqs)
             comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
         return propose(self, batch, *rest, **named)
 
@@ -151,8 +151,8 @@ def says_what_the_target_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
         hidden = rest[2]
-        rows = self.one_pass.results(batch) if self.one_pass is not None else None
-        if rows is not None:
+        if self.one_pass is not None and self.one_pass.carried(batch):
+            rows = self.one_pass.views(batch.num_reqs)
             prefixes = rows.blocks.prefix_lengths  # [n, K + 1]
             verified = batch.query_start_loc[: batch.num_reqs, None].long() + torch.arange(prefixes.shape[1])
             difference = (rows.hidden.view(*prefixes.shape, -1) - hidden[verified]).abs().amax(-1)
@@ -194,16 +194,15 @@ def _prefix(by: int) -> Plant:
 
 
 def _hypotheses_permuted(patch: pytest.MonkeyPatch) -> None:
-    results = OnePass.results
+    carried = OnePass.carried
 
-    def faulty(self: OnePass, batch: Any) -> Any:
-        rows = results(self, batch)
-        if rows is not None:
-            n, count = rows.blocks.prefix_lengths.shape
-            rows.hidden.copy_(rows.hidden.view(n, count, -1).roll(1, dims=1).reshape(rows.hidden.shape))
-        return rows
+    def faulty(self: OnePass, batch: Any) -> bool:
+        rows = self.views(batch.num_reqs)
+        n, count = rows.blocks.prefix_lengths.shape
+        rows.hidden.copy_(rows.hidden.view(n, count, -1).roll(1, dims=1).reshape(rows.hidden.shape))
+        return carried(self, batch)
 
-    patch.setattr(OnePass, "results", faulty)
+    patch.setattr(OnePass, "carried", faulty)
 
 
 FAULTS = {"prefix too long": _prefix(+1), "prefix too short": _prefix(-1), "permuted": _hypotheses_permuted}
@@ -222,7 +221,7 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
     one = drafting.runner.speculator.one_pass
     for num_reqs in (1, 2, 5, 8):
         captured = one.dummy(num_reqs, num_reqs * one.verified)
-        prepared = one._views(num_reqs, one.num_hypotheses(num_reqs), 17)
+        prepared = one.views(num_reqs, 17)
         assert captured is not None
         for mine, theirs in (
             (captured.input_ids, prepared.input_ids),

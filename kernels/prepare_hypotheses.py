@@ -1,0 +1,158 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Build the rows of the hypotheses that ride along with a verification, in one launch.
+
+The verification of request r starts at its anchor's position p and holds n drafts; its slot remembers the hypotheses
+(a, c) that were chosen for just this position. Each of them becomes
+
+    block  = [c, MASK, ..., MASK] at p + a + 1, p + a + 2, ...     clamped to the context limit
+    prefix = p + a + 1                                             -1 where there is no such block
+
+A slot that speaks of another position, or of more drafts than were scheduled, has no blocks to offer.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_orthrus.kernels.hypotheses import NONE
+
+
+class Remembered(NamedTuple):
+    """What was chosen when the drafts were made, by slot."""
+
+    anchor_position: Tensor  # [slots] int64, where the verification must start for the rest to apply
+    accepted: Tensor  # [slots, H] int64
+    token: Tensor  # [slots, H] int64
+
+
+class Verified(NamedTuple):
+    """The batch that is about to run."""
+
+    idx_mapping: Tensor  # [num_reqs], the slot of each request
+    query_start_loc: Tensor  # [num_reqs + 1]
+    positions: Tensor  # [num_tokens]
+
+
+class HypothesisBlocks(NamedTuple):
+    """The buffers that the forward reads. `count` of a slot's hypotheses are taken, which may be fewer than it has."""
+
+    input_ids: Tensor  # [capacity, count, width] int64
+    positions: Tensor  # [capacity, count, width] int64
+    prefix_lengths: Tensor  # [capacity, count] int32
+
+
+def prepare_hypotheses(
+    num_reqs: int,
+    remembered: Remembered,
+    batch: Verified,
+    out: HypothesisBlocks,
+    mask_token: int,
+    max_model_len: int,
+) -> None:
+    """Fill all rows of `out`; requests beyond the first `num_reqs` have no blocks. One launch, or the twin on a CPU."""
+    if out.input_ids.device.type == "cpu":
+        naive(num_reqs, remembered, batch, out, mask_token, max_model_len)
+    else:
+        launch(num_reqs, remembered, batch, out, mask_token, max_model_len)
+
+
+def launch(
+    num_reqs: int,
+    remembered: Remembered,
+    batch: Verified,
+    out: HypothesisBlocks,
+    mask_token: int,
+    max_model_len: int,
+) -> None:
+    capacity, count, width = out.input_ids.shape
+    _prepare[(capacity,)](
+        num_reqs,
+        remembered.anchor_position,
+        remembered.accepted,
+        remembered.token,
+        remembered.accepted.stride(0),
+        *batch,
+        *out,
+        mask_token,
+        max_model_len,
+        COUNT=count,
+        COUNT_TILE=triton.next_power_of_2(count),
+        WIDTH=width,
+        WIDTH_TILE=triton.next_power_of_2(width),
+        NONE=NONE,
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_reqs"])  # it changes from step to step, and must not compile anew
+def _prepare(
+    num_reqs,
+    anchor_position,
+    accepted,
+    token,
+    slot_stride,
+    idx_mapping,
+    query_start_loc,
+    positions,
+    out_input_ids,
+    out_positions,
+    out_prefix_lengths,
+    mask_token,
+    max_model_len,
+    COUNT: tl.constexpr,
+    COUNT_TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+    NONE: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    inside = r < num_reqs
+    slot = tl.load(idx_mapping + r, mask=inside, other=0).to(tl.int64)
+    start = tl.load(query_start_loc + r, mask=inside, other=0)
+    drafts = tl.load(query_start_loc + r + 1, mask=inside, other=1) - start - 1
+    p = tl.load(positions + start, mask=inside, other=0).to(tl.int64)
+    current = inside & (tl.load(anchor_position + slot, mask=inside, other=-1) == p)
+
+    which = tl.arange(0, COUNT_TILE)
+    held = current & (which < COUNT)
+    a = tl.load(accepted + slot * slot_stride + which, mask=held, other=NONE)  # [COUNT_TILE]
+    real = (a != NONE) & (a <= drafts)
+    c = tl.load(token + slot * slot_stride + which, mask=held & real, other=0)
+    prefix = tl.where(real, p + a + 1, -1)
+    tl.store(out_prefix_lengths + r * COUNT + which, prefix.to(tl.int32), mask=which < COUNT)
+
+    column = tl.arange(0, WIDTH_TILE)[None, :]
+    row = (r * COUNT + which[:, None]) * WIDTH + column  # [COUNT_TILE, WIDTH_TILE]
+    stored = (which[:, None] < COUNT) & (column < WIDTH)
+    place = tl.minimum(tl.maximum(prefix, 0)[:, None] + column, max_model_len - 1)
+    tl.store(out_input_ids + row, tl.where(column == 0, c[:, None], mask_token), mask=stored)
+    tl.store(out_positions + row, place, mask=stored)
+
+
+def naive(
+    num_reqs: int,
+    remembered: Remembered,
+    batch: Verified,
+    out: HypothesisBlocks,
+    mask_token: int,
+    max_model_len: int,
+) -> None:
+    """The same in plain PyTorch."""
+    capacity, count, width = out.input_ids.shape
+    slot = batch.idx_mapping[:num_reqs]
+    starts = batch.query_start_loc[: num_reqs + 1].long()
+    anchor_position = batch.positions[starts[:-1]]  # [num_reqs]
+    accepted = remembered.accepted[slot, :count]  # [num_reqs, H]
+    current = remembered.anchor_position[slot] == anchor_position
+    real = current[:, None] & (accepted != NONE) & (accepted <= (starts.diff() - 1)[:, None])
+    prefix = torch.full((capacity, count), -1, device=accepted.device)
+    prefix[:num_reqs] = torch.where(real, anchor_position[:, None] + accepted + 1, -1)
+    places = prefix.clamp(min=0)[..., None] + torch.arange(width, device=prefix.device)
+    out.prefix_lengths.copy_(prefix)
+    out.positions.copy_(places.clamp(max=max_model_len - 1))
+    out.input_ids.fill_(mask_token)
+    out.input_ids[..., 0] = 0
+    out.input_ids[:num_reqs, :, 0] = torch.where(real, remembered.token[slot, :count], 0)
