@@ -114,7 +114,7 @@ class OnePass:
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
         """Rows without a hypothesis, to capture a graph with."""
-        if self.attention is None or not self._in_graph(num_reqs, num_tokens):
+        if not self._in_graph(num_reqs, num_tokens):
             return None
         views = self.views(num_reqs)
         views.blocks.prefix_lengths.fill_(-1)
@@ -122,7 +122,13 @@ class OnePass:
 
     def _in_graph(self, num_reqs: int, num_tokens: int) -> bool:
         """Whether a graph of this shape was captured with rows."""
-        return num_tokens == num_reqs * self.verified and self.num_hypotheses(num_reqs) > 0
+        uniform = num_tokens == num_reqs * self.verified
+        return (
+            uniform
+            and self.num_hypotheses(num_reqs) > 0
+            and self.attention is not None
+            and self.attention.supports_graphs
+        )
 
     def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
         """The rows of this many requests, whatever stands in them."""
