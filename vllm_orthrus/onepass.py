@@ -17,7 +17,7 @@ import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.fused_ops import fused_norms
+from vllm_orthrus.integration.fused_ops import fused_mlp, fused_norms
 from vllm_orthrus.integration.runner import (
     CUDAGraphMode,
     DefaultModelState,
@@ -196,7 +196,7 @@ class OnePass:
             verified = layer.self_attn(positions=positions, hidden_states=hidden[:split])
             drafted = diffusion(hypotheses.positions, hidden[split:], layer.self_attn.rotary_emb, self.attention, index)
             hidden, residual = layer.post_attention_layernorm(torch.cat([verified, drafted]), residual)
-            hidden = layer.mlp(hidden)
+            hidden = fused_mlp(layer.mlp)(hidden)
         hidden, _ = base.norm(hidden, residual)
         hypotheses.hidden.copy_(hidden[split:])
         verification: torch.Tensor = hidden[:split]

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.attention import BlockAttention
 from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors
-from vllm_orthrus.integration.fused_ops import fused_rotary
+from vllm_orthrus.integration.fused_ops import fused_mlp, fused_rotary
 
 
 class DiffusionAttention(nn.Module):
@@ -82,7 +82,7 @@ class DiffusionView(nn.Module):
                 hidden, residual = layer.input_layernorm(hidden, residual)
             hidden = diffusion(positions, hidden, layer.self_attn.rotary_emb, attend, index)
             hidden, residual = layer.post_attention_layernorm(hidden, residual)
-            hidden = layer.mlp(hidden)
+            hidden = fused_mlp(layer.mlp)(hidden)
         hidden, _ = base.norm(hidden, residual)
         return hidden  # type: ignore[no-any-return]
 

@@ -48,11 +48,12 @@ def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
     comparer, propose = Comparer(), OrthrusSpeculator.propose
 
     @torch.inference_mode()
-    def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
-        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(batch):
+    def compare_and_propose(self: OrthrusSpeculator, *rest: Any, **named: Any) -> Any:
+        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(rest[0]):
+            batch = rest[0]
             rows = self.one_pass.views(batch.num_reqs)
             comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
-        return propose(self, batch, *rest, **named)
+        return propose(self, *rest, **named)
 
     monkeypatch.setattr(OrthrusSpeculator, "propose", compare_and_propose)
     yield comparer
@@ -251,3 +252,14 @@ def test_a_line_in_the_log(drafting: Engine, monkeypatch: pytest.MonkeyPatch) ->
     assert new["hits"] + new["accepted_count_missed"] + new["bonus_missed"] == new["verifications"]
     assert new["tokens"] >= new["verifications"] >= first.counts.steps
     assert "tokens per forward" in said[0]
+
+
+@pytest.mark.slow
+def test_beside_a_compiled_target(start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer) -> None:
+    """Prompts go through the compiled model, verifications with hypotheses past it, and both know the same cache."""
+    engine = start(one_pass(tiny.block_head), max_num_batched_tokens=512, enforce_eager=False)
+    assert not engine.runner.model.model.do_not_compile
+    given = prompts(4, shortest=20)
+    assert engine.run(given, 24).tokens == plain.run(given, 24).tokens
+    assert comparer.blocks > 20
+    assert comparer.worst <= 1e-5
