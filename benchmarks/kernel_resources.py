@@ -26,7 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_orthrus.kernels import dual_view_attention as attention
-from vllm_orthrus.kernels import dual_view_device, hypotheses, hypotheses_device, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels import (
+    dual_view_device,
+    hypotheses,
+    hypotheses_device,
+    most_probable,
+    prepare_block,
+    prepare_hypotheses,
+)
 from vllm_orthrus.kernels.dual_view_plan import Target
 
 TYPES = {
@@ -181,12 +188,15 @@ def bookkeeping_launches() -> dict[str, Call]:
     blocks = prepare_hypotheses.HypothesisBlocks(empty(8, 8, 16), empty(8, 8, 16), empty(8, 8, dtype=int32))
     with recorded(prepare_hypotheses, "_prepare") as ride_along:
         prepare_hypotheses.launch(7, remembered, prepare_hypotheses.Verified(*batch[:3]), blocks, 7, 40960)
+    with recorded(most_probable, "_scan", "_merge") as look:
+        logits = empty(8, 16, 151936, dtype=torch.bfloat16)
+        most_probable.launch(logits, empty(8, 15), empty(8, dtype=float32), 9)
     chances = (empty(8, 16, dtype=float32), empty(8, 16, 8, dtype=float32), empty(8, 16, 8))
     with recorded(hypotheses_device, "_choose", "_match") as judge:
         chosen = hypotheses.choose_device(*chances, empty(8, 15), empty(8), empty(8), empty(17, dtype=float32), 8)
         hypotheses.match_device(chosen, empty(8, 15), empty(8), empty(8), empty(8))
-    names = ("prepare", "prepare hypotheses", "choose", "match")
-    return dict(zip(names, (*prepare, *ride_along, *judge), strict=True))
+    names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
+    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
 
 
 def compile_call(call: Call, gpu: Gpu) -> Any:
@@ -250,6 +260,11 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def warps(call: Call) -> str:
+    count = call.arguments["num_warps"]
+    return f"{count} warp{'s'[: count > 1]}"
+
+
 def reports(shapes: list[Shape], gpus: list[Gpu]) -> Iterator[Report]:
     for gpu in gpus:
         limit = gpu.target.shared
@@ -257,7 +272,7 @@ def reports(shapes: list[Shape], gpus: list[Gpu]) -> Iterator[Report]:
             compiled = compile_call(call, gpu)
             facts = examine(compiled, gpu)
             yield Report(
-                name, gpu.name, "-", "-", "1 warp", shared=compiled.metadata.shared, shared_limit=limit, **facts
+                name, gpu.name, "-", "-", warps(call), shared=compiled.metadata.shared, shared_limit=limit, **facts
             )
         for shape, cache_dtype in itertools.product(shapes, (torch.bfloat16, gpu.fp8)):
             if cache_dtype is None:
