@@ -72,7 +72,7 @@ def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureReque
 
 
 def test_blocks_are_those_of_a_separate_pass(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
-    attention = drafting.runner.speculator.one_pass.attention
+    attention = drafting.runner.speculator.one_pass.attention.blocks
     count = 8 if isinstance(attention, GatherAttention) else 2  # interpreted kernels take their time
     assert carries_exact_blocks(drafting, comparer, count)
     given = prompts(count, shortest=20)
