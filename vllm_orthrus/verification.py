@@ -114,19 +114,19 @@ class FusedVerification(OnePassAttention):
         hidden: torch.Tensor,
     ) -> torch.Tensor:
         split, attn = len(positions[0]), target.attn
-        fresh = diffusion.project(positions[1], hidden[split:], target.rotary_emb)
+        q, k, v = diffusion.project(positions[1], hidden[split:], target.rotary_emb)
         drafted: torch.Tensor | None = None
 
         def by_head(x: torch.Tensor) -> torch.Tensor:
             return x.view(len(x), -1, attn.head_size)
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             nonlocal drafted
-            write_to_cache(attn, k, v)
-            verified = q.new_empty(q.shape)
+            write_to_cache(attn, key, value)
+            verified = query.new_empty(query.shape)
             starts = self.starts[: self.num_reqs + 1]
-            rows = Verification(by_head(q), self.lengths, self.width, by_head(verified), starts)
-            drafted = self.blocks(layer, *fresh, rows)
+            rows = Verification(by_head(query), self.lengths, self.width, by_head(verified), starts)
+            drafted = self.blocks(layer, q, k, v, rows)
             return verified
 
         with answered_by(attn, attend):
