@@ -16,7 +16,7 @@ from vllm_orthrus.integration.runner import get_forward_context
 from vllm_orthrus.integration.target_attention import Attention
 from vllm_orthrus.kernels.dual_view_attention import naive
 from vllm_orthrus.onepass import HypothesisRows, OnePass
-from vllm_orthrus.verification import BackendVerification, FusedVerification, refuse_unfusable
+from vllm_orthrus.verification import BackendVerification, FusedVerification
 
 Forward = Callable[..., torch.Tensor]
 
@@ -229,8 +229,9 @@ def test_as_exact_as_the_backend(
 
 
 def test_attention_that_is_more_than_a_softmax_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, config = engine.runner.speculator.one_pass.attention.blocks.layers, engine.runner.vllm_config
-    refuse_unfusable(config, layers)
+    speculator = engine.runner.speculator
+    layers, config = speculator.one_pass.attention.blocks.layers, speculator.vllm_config
+    speculator._bind_one_pass(speculator.one_pass, layers)
     attn = layers[1].attn
     cases: list[tuple[Any, str, Any, str]] = [
         (attn, "sliding_window", 64, "sliding window"),
@@ -238,6 +239,7 @@ def test_attention_that_is_more_than_a_softmax_is_refused(engine: Engine, monkey
         (attn, "attn_type", "encoder_only", "attn_type='encoder_only'"),
         (attn, "kv_sharing_target_layer_name", "model.layers.0.self_attn.attn", "another layer's cache"),
         (attn, "kv_cache_dtype", "nvfp4", "kv_cache_dtype=nvfp4"),
+        (attn, "__class__", type("RSWAAttention", (Attention,), {}), r"layers\.1\..* it is a RSWAAttention"),
         (attn.impl, "logits_soft_cap", 30.0, "caps its logits"),
         (attn.impl, "alibi_slopes", torch.ones(4), "ALiBi"),
         (attn.attn_backend, "forward_includes_kv_cache_update", True, "writes the cache itself"),
@@ -246,9 +248,5 @@ def test_attention_that_is_more_than_a_softmax_is_refused(engine: Engine, monkey
     for owner, name, value, message in cases:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message) as refusal:
             patch.setattr(owner, name, value)
-            refuse_unfusable(config, layers)
+            speculator._bind_one_pass(speculator.one_pass, layers)
         assert "Set orthrus_verification to 'backend'" in str(refusal.value)
-    other = type("RSWAAttention", (Attention,), {})
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"layers\.1\..* it is a RSWAAttention"):
-        patch.setattr(attn, "__class__", other)
-        refuse_unfusable(config, layers)
