@@ -123,7 +123,7 @@ class OnePass:
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
         """Rows without a hypothesis, to capture a graph with."""
-        if not self._in_graph(num_reqs, num_tokens):
+        if self.attention is None or not self._in_graph(num_reqs, num_tokens):
             return None
         self.attention.clear()
         views = self.views(num_reqs)

@@ -19,6 +19,10 @@ from vllm_orthrus.kernels.dual_view_attention import Verification
 class OnePassAttention(ABC):
     """One call per layer of a forward with hypotheses."""
 
+    def __init__(self, blocks: BlockAttention) -> None:
+        self.blocks = blocks  # how hypotheses attend
+        self.supports_graphs = blocks.supports_graphs
+
     @abstractmethod
     def prepare(self, batch: InputBatch) -> None:
         """Learn what the rows of this batch's verification see. Run before a graph is replayed, and not part of it."""
@@ -45,9 +49,6 @@ class OnePassAttention(ABC):
 
 class BackendVerification(OnePassAttention):
     """vLLM's attention takes the verification rows, ours the hypotheses: each reads the prefix."""
-
-    def __init__(self, blocks: BlockAttention) -> None:
-        self.blocks = blocks
 
     def prepare(self, batch: InputBatch) -> None:
         """vLLM's attention has metadata of its own."""
@@ -79,8 +80,11 @@ class FusedVerification(OnePassAttention):
     those that only fill up a graph have rows of length -1, which cost nothing and come out as zeros.
     """
 
+    blocks: KernelAttention
+
     def __init__(self, blocks: KernelAttention, max_num_reqs: int) -> None:
-        self.blocks, self.width = blocks, blocks.verified
+        super().__init__(blocks)
+        self.width = blocks.verified
         rows, device = max_num_reqs * self.width, blocks.device
         self.uniform = torch.arange(0, rows + 1, self.width, dtype=torch.int32, device=device)
         self.starts = self.uniform.clone()  # [max_num_reqs + 1], each request's first row

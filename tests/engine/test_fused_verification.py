@@ -1,18 +1,16 @@
 """`orthrus_verification: fused`: our kernel in the place of vLLM's attention gives what vLLM's attention gives."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.closures import ForwardClosures
+from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
-from tests.engine.test_onepass import one_pass
 from vllm_orthrus import kernel_attention, verification
 from vllm_orthrus.attention import GatherAttention
-from vllm_orthrus.integration.runner import get_forward_context
 from vllm_orthrus.integration.target_attention import Attention
 from vllm_orthrus.kernels.dual_view_attention import naive
 from vllm_orthrus.onepass import HypothesisRows, OnePass
@@ -131,52 +129,26 @@ def test_the_comparison_notices(fault: str, engine: Engine, twice: Twice, monkey
     assert not twice.agree()
 
 
-def test_rows_that_fill_up_a_graph(engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a captured forward: a request more than there are, its rows at positions that mean nothing."""
-    prepare, forward = OnePass.prepare, OnePass._forward_with_rows
-    padded = []
+def test_replayed_verifications(engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests in a graph of four: what their rows see is where it was captured, and the fourth does no harm."""
+    given, attention = prompts(3, shortest=20), engine.runner.speculator.one_pass.attention
+    expected = plain.run(given, 12).tokens
+    forwards = ForwardClosures(engine, 8, (24,))
+    forwards.install(monkeypatch)
+    assert (attention.lengths == -1).all()
+    assert engine.run(given, 12).tokens == expected
+    assert set(forwards.replayed) == {4}
+    assert (attention.lengths[18:24] == -1).all()
+    # A planted fault: what a batch's rows see is written elsewhere than where it was captured.
+    prepare = FusedVerification.prepare
 
-    def prepare_padded(self: OnePass, batch: Any) -> HypothesisRows | None:
-        spare = batch.num_reqs + 1
-        if batch.num_tokens == batch.num_reqs * self.verified and self.num_hypotheses(spare) == self.most_hypotheses:
-            batch = dataclasses.replace(
-                batch, num_reqs_after_padding=spare, num_tokens_after_padding=spare * self.verified
-            )
-        return prepare(self, batch)
+    def astray(self: FusedVerification, batch: Any) -> None:
+        captured, self.lengths = self.lengths, self.lengths.clone()
+        prepare(self, batch)
+        self.lengths = captured
 
-    def forward_padded(
-        self: OnePass, ids: torch.Tensor, positions: torch.Tensor, embedded: Any, rows: HypothesisRows
-    ) -> torch.Tensor:
-        num_tokens, missing = len(ids), len(rows.blocks.prefix_lengths) * self.verified - len(ids)
-        if missing != self.verified:
-            return forward(self, ids, positions, embedded, rows)
-        context = get_forward_context()
-        slots = {name: torch.cat([own, own.new_full((missing,), -1)]) for name, own in context.slot_mapping.items()}
-        with monkeypatch.context() as patch:
-            patch.setattr(context, "slot_mapping", slots)
-            ids = torch.cat([ids, ids.new_zeros(missing)])
-            hidden = forward(self, ids, torch.cat([positions, positions.new_full((missing,), 99)]), embedded, rows)
-        padded.append(hidden[num_tokens:])
-        return hidden[:num_tokens]
-
-    monkeypatch.setattr(OnePass, "prepare", prepare_padded)
-    monkeypatch.setattr(OnePass, "_forward_with_rows", forward_padded)
-    given = prompts(2, shortest=20)
-    assert engine.run(given, 16).tokens == plain.run(given, 16).tokens
-    assert len(padded) > 3
-    # Rows that see nothing differ by nothing: they hold the same token.
-    assert all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in padded)
-
-
-def test_buffers_stay_where_they_are(engine: Engine) -> None:
-    one = engine.runner.speculator.one_pass
-    assert isinstance(one.attention, FusedVerification)
-    before = one.attention.starts.data_ptr(), one.attention.lengths.data_ptr()
-    engine.run(prompts(1), 4)
-    one.dummy(2, 2 * one.verified)
-    assert before == (one.attention.starts.data_ptr(), one.attention.lengths.data_ptr())
-    assert (one.attention.lengths == -1).all()
-    assert (one.attention.starts.diff() == one.verified).all()
+    monkeypatch.setattr(FusedVerification, "prepare", astray)
+    assert engine.run(given, 12).tokens != expected
 
 
 class Errors:
