@@ -75,6 +75,7 @@ class Shape:
     width: int
     blocks: int = 1
     verify: int = 0
+    ragged: bool = False  # as the engine's: requests may have fewer verification rows
     page: int = 16
     num_reqs: int = 1
 
@@ -86,10 +87,11 @@ SHAPES = [
     Shape("draft of 16, 32/8 heads, pages of 64", 128, 4, 16, page=64),
     Shape("draft of 32, 32/8 heads", 128, 4, 32),
     Shape("9 + 4 x 8 rows in one pass", 128, 4, 8, blocks=4, verify=9),
+    Shape("16 + 8 x 16 rows in one pass, ragged", 128, 4, 16, blocks=8, verify=16, ragged=True),
     Shape("draft of 16, head_dim 64", 64, 4, 16),
     Shape("draft of 16, head_dim 256", 256, 4, 16),
 ]
-QUICK = [SHAPES[1], SHAPES[2], SHAPES[5]]
+QUICK = [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[6]]
 
 
 class Report(NamedTuple):
@@ -145,9 +147,10 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
         count = shape.num_reqs * shape.verify
         verification = attention.Verification(
             empty(count, heads, shape.head_dim, dtype=dtype),
-            empty(count),
+            empty(count, dtype=torch.int32),
             shape.verify,
             empty(count, heads, shape.head_dim, dtype=dtype),
+            empty(shape.num_reqs + 1, dtype=torch.int32) if shape.ragged else None,
         )
     per_request = shape.verify + shape.blocks * shape.width
     plan = attention.make_plan(

@@ -47,6 +47,7 @@ from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import OnePass
 from vllm_orthrus.reporting import OnePassReport
+from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
@@ -142,6 +143,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._bind_one_pass(self.one_pass, layers)
 
     def _bind_one_pass(self, one_pass: OnePass, layers: list[CachedLayer]) -> None:
+        if one_pass.fused:
+            refuse_unfusable(self.vllm_config, layers)
         if isinstance(self.attention, WriteThroughAttention):
             logger.info("Orthrus drafts in a pass of its own: slots behind a request have room for one block only.")
             self.one_pass = None
@@ -149,7 +152,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         beside: BlockAttention = GatherAttention(layers)
         if isinstance(self.attention, KernelAttention):
             counts = range(1, self.max_num_reqs + 1)
-            beside = KernelAttention(layers, [self.block * one_pass.num_hypotheses(n) for n in counts], self.device)
+            rows = [self.block * one_pass.num_hypotheses(n) for n in counts]
+            beside = KernelAttention(layers, rows, self.device, one_pass.verified if one_pass.fused else 0)
         one_pass.bind(beside, self.block_tables.input_block_tables)
 
     def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:

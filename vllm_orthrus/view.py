@@ -40,14 +40,20 @@ class DiffusionAttention(nn.Module):
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module, attend: BlockAttention, layer: int
     ) -> torch.Tensor:
+        out, _ = self.o_proj(attend(layer, *self.project(positions, x, rotary)))
+        return out  # type: ignore[no-any-return]
+
+    def project(
+        self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [rows, heads * dim], k and v [rows, kv_heads * dim]."""
         qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
             k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
         q, k = fused_rotary(rotary)(positions, q, k)
-        out, _ = self.o_proj(attend(layer, q, k, v))
-        return out  # type: ignore[no-any-return]
+        return q, k, v
 
 
 class DiffusionView(nn.Module):

@@ -72,7 +72,7 @@ def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureReque
 
 
 def test_blocks_are_those_of_a_separate_pass(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
-    attention = drafting.runner.speculator.one_pass.attention
+    attention = drafting.runner.speculator.one_pass.attention.blocks
     count = 8 if isinstance(attention, GatherAttention) else 2  # interpreted kernels take their time
     assert carries_exact_blocks(drafting, comparer, count)
     given = prompts(count, shortest=20)
@@ -215,7 +215,7 @@ def test_the_copied_head_notices(fault: str, copying: Engine, monkeypatch: pytes
 def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> None:
     """A captured forward reads fixed addresses: those of the rows that later batches prepare."""
     one = drafting.runner.speculator.one_pass
-    if isinstance(one.attention, GatherAttention):
+    if isinstance(one.attention.blocks, GatherAttention):
         assert one.dummy(2, 2 * one.verified) is None, "it takes sizes from the host, which no graph can"
         return
     for num_reqs in (1, 2, 5, 8):
