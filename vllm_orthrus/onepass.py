@@ -17,7 +17,6 @@ import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.fused_ops import fused_mlp, fused_norms
 from vllm_orthrus.integration.runner import (
     CUDAGraphMode,
     DefaultModelState,
@@ -182,7 +181,7 @@ class OnePass:
         if not self.ran_with_rows:
             return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         assert hypotheses is not None
-        with fused_norms():
+        with self.view.fused():
             return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
 
     def _forward_with_rows(
@@ -205,7 +204,7 @@ class OnePass:
                 hidden, residual = layer.input_layernorm(hidden, residual)
             attended = self.attention(index, layer.self_attn, diffusion, both, hidden)
             hidden, residual = layer.post_attention_layernorm(attended, residual)
-            hidden = fused_mlp(layer.mlp)(hidden)
+            hidden = layer.mlp(hidden)
         hidden, _ = base.norm(hidden, residual)
         hypotheses.hidden.copy_(hidden[split:])
         verification: torch.Tensor = hidden[:split]

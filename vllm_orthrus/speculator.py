@@ -25,7 +25,6 @@ from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardI
 from vllm_orthrus.graphs import BlockGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
@@ -419,7 +418,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             num_tokens=num_reqs * self.block,
             slot_mapping=context.slot_mapping,
         )
-        with inputs, fused_norms():
+        with inputs, self.model.fused():
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
         hidden = hidden.view(num_reqs, self.block, -1)
         if self.one_pass is not None:

@@ -4,42 +4,33 @@ When vLLM compiles a model it takes these in their PyTorch form, for Inductor to
 captured, and run uncompiled every such form would be a handful of kernels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
+from torch import nn
 from vllm.config.kernel import IrOpPriorityConfig
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
 
+def unfused_ops(model: nn.Module) -> list[CustomOp]:
+    """The model's activations and rotary embeddings, each once."""
+    return [module for module in model.modules() if isinstance(module, SiluAndMul | RotaryEmbedding)]
+
+
 @contextmanager
-def fused_norms() -> Iterator[None]:
+def fused(ops: Sequence[CustomOp]) -> Iterator[None]:
+    """Meanwhile norms, and these, run as they do where vLLM compiles nothing."""
     if not current_platform.is_cuda():
         yield
         return
-    with IrOpPriorityConfig.with_default(["vllm_c", "native"]).set_priority():
-        yield
-
-
-def fused_rotary(rotary: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The rotary embedding as it runs uncompiled; in place."""
-    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rotate = rotary.forward_cuda if current_platform.is_cuda() else rotary
-    return rotate
-
-
-def fused_mlp(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A gated MLP as it runs uncompiled; any other as it is."""
-    activate: Any = getattr(mlp, "act_fn", None)
-    if not current_platform.is_cuda() or type(activate) is not SiluAndMul:
-        return mlp  # type: ignore[no-any-return]
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = mlp.gate_up_proj(x)
-        out: torch.Tensor
-        out, _ = mlp.down_proj(activate.forward_cuda(gate_up))
-        return out
-
-    return run
+    for op in ops:
+        op.forward = op.forward_cuda
+    try:
+        with IrOpPriorityConfig.with_default(["vllm_c", "native"]).set_priority():
+            yield
+    finally:
+        for op in ops:
+            del op.forward
