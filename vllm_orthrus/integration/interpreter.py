@@ -1,7 +1,8 @@
-"""What Triton's interpreter lacks to run vLLM's kernels and ours: gaps filled, and two wastes of time removed."""
+"""What Triton's interpreter lacks to run vLLM's kernels and ours: gaps filled, and three wastes of time removed."""
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 
@@ -11,6 +12,7 @@ def complete() -> None:
     if not _completed:
         _accept_integer_masks()
         _implement_library_functions()
+        _leave_overflow_unchecked()
         _patch_language_once()
         _pass_tensors_as_they_are()
         _completed = True
@@ -88,6 +90,13 @@ def _implement_library_functions() -> None:
 
     libdevice.log1p = elementwise(np.log1p)
     libdevice.isnan = elementwise(np.isnan, tl.int1)
+
+
+def _leave_overflow_unchecked() -> None:
+    """As compiled kernels do unless asked otherwise: the check makes six operations of each on 32-bit integers."""
+    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+    interpreter_builder.options = replace(InterpreterOptions(), sanitize_overflow=False)
 
 
 def _patch_language_once() -> None:
