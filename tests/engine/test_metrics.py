@@ -163,3 +163,28 @@ def test_other_ways_to_decode_have_none(start: StartEngine, tiny: Checkpoints) -
         engine.run(prompts(2), 8)
         assert not exposed(engine)
         assert not engine.one_pass
+
+
+def test_rays_metrics_have_them_too(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve hands vLLM a logger whose counters are Ray's: other names, labels in order, nothing below zero."""
+    ray_metrics = pytest.importorskip("ray.util.metrics")
+    from vllm.v1.metrics import ray_wrappers
+    from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+    added: dict[tuple[str, str, str | None], float] = {}
+
+    def inc(self: Any, value: float, tags: dict[str, str]) -> None:
+        added[self.info["name"], tags["engine"], tags.get("cause")] = value
+
+    monkeypatch.setattr(ray_metrics.Counter, "inc", inc)
+    monkeypatch.setattr(ray_wrappers, "ray_metrics", ray_metrics)  # which it does not take where Ray Serve is missing
+    config = drafting.llm.llm_engine.vllm_config.speculative_config
+    prom = ray_wrappers.RaySpecDecodingProm(config, ["model_name", "engine"], {0: ["tiny", "0"], 1: ["tiny", "1"]})
+    stats = SpecDecodingStats.new(config.num_speculative_tokens)
+    stats.orthrus = {name: 10 + index for index, name in enumerate(metrics.METRICS)}
+    prom.observe(stats, 1)
+    ours = {key: value for key, value in added.items() if "orthrus" in key[0]}
+    assert ours == {
+        (metric.name.replace(":", "_"), "1", metric.cause): stats.orthrus[name]
+        for name, metric in metrics.METRICS.items()
+    }
