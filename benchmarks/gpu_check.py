@@ -74,6 +74,7 @@ def correctness_cases() -> list[Case]:
         one_pass,
         replace(one_pass, ragged=True, page=64),
         replace(one_pass, width=16, blocks=8, verify=17),
+        replace(one_pass, width=16, blocks=8, verify=16, ragged=True, cache_dtype=fp8, scales="tensor"),
         replace(one_pass, head_dim=64, cache_dtype=fp8, scales="head"),
         replace(base, prefixes=(131072,), kv_heads=1),
         replace(base, prefixes=tuple((7 * req) % 300 - 1 for req in range(1024)), kv_heads=1, width=3),

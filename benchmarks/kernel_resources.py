@@ -26,7 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_orthrus.kernels import dual_view_attention as attention
-from vllm_orthrus.kernels import dual_view_device, prepare_block
+from vllm_orthrus.kernels import (
+    dual_view_device,
+    hypotheses,
+    hypotheses_device,
+    most_probable,
+    prepare_block,
+    prepare_hypotheses,
+)
 from vllm_orthrus.kernels.dual_view_plan import Target
 
 TYPES = {
@@ -68,6 +75,7 @@ class Shape:
     width: int
     blocks: int = 1
     verify: int = 0
+    ragged: bool = False  # as the engine's: requests may have fewer verification rows
     page: int = 16
     num_reqs: int = 1
 
@@ -79,10 +87,11 @@ SHAPES = [
     Shape("draft of 16, 32/8 heads, pages of 64", 128, 4, 16, page=64),
     Shape("draft of 32, 32/8 heads", 128, 4, 32),
     Shape("9 + 4 x 8 rows in one pass", 128, 4, 8, blocks=4, verify=9),
+    Shape("16 + 8 x 16 rows in one pass, ragged", 128, 4, 16, blocks=8, verify=16, ragged=True),
     Shape("draft of 16, head_dim 64", 64, 4, 16),
     Shape("draft of 16, head_dim 256", 256, 4, 16),
 ]
-QUICK = [SHAPES[1], SHAPES[2], SHAPES[5]]
+QUICK = [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[6]]
 
 
 class Report(NamedTuple):
@@ -127,10 +136,6 @@ def recorded(module: Any, *names: str) -> Iterator[list[Call]]:
 
 def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tuple[list[Call], str]:
     dtype, kv_heads, heads = torch.bfloat16, 8, 8 * shape.groups
-
-    def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
     stored = empty(1000, shape.page, kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
     keys, values = stored.transpose(1, 2).split(shape.head_dim, dim=-1)
     scale = empty(1, dtype=torch.float32) if cache_dtype.itemsize == 1 else None
@@ -141,10 +146,11 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     if shape.verify:
         count = shape.num_reqs * shape.verify
         verification = attention.Verification(
-            empty(count, heads, shape.head_dim),
-            empty(count, dtype=torch.int64),
+            empty(count, heads, shape.head_dim, dtype=dtype),
+            empty(count, dtype=torch.int32),
             shape.verify,
-            empty(count, heads, shape.head_dim),
+            empty(count, heads, shape.head_dim, dtype=dtype),
+            empty(shape.num_reqs + 1, dtype=torch.int32) if shape.ragged else None,
         )
     per_request = shape.verify + shape.blocks * shape.width
     plan = attention.make_plan(
@@ -152,9 +158,9 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     )
     with recorded(dual_view_device, "attend", "merge") as calls:
         attention.dual_view_attention(
-            empty(rows, heads, shape.head_dim),
-            empty(rows, kv_heads, shape.head_dim),
-            empty(rows, kv_heads, shape.head_dim),
+            empty(rows, heads, shape.head_dim, dtype=dtype),
+            empty(rows, kv_heads, shape.head_dim, dtype=dtype),
+            empty(rows, kv_heads, shape.head_dim, dtype=dtype),
             cache,
             empty(shape.num_reqs, shape.blocks, dtype=torch.int32),
             shape.head_dim**-0.5,
@@ -165,21 +171,35 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     return calls, f"{tiles.rows}x{tiles.positions}, {tiles.warps} warps, {tiles.stages} stages, {plan.splits} splits"
 
 
-def prepare_launch() -> Call:
-    def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
+def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
-    int32 = torch.int32
+
+def bookkeeping_launches() -> dict[str, Call]:
+    """What surrounds the forwards: 8 requests, 15 drafts, 8 hypotheses, blocks of 16."""
+    int32, float32 = torch.int32, torch.float32
     batch = prepare_block.BatchState(
         empty(8), empty(9, dtype=int32), empty(99), empty(8, dtype=int32), empty(8, dtype=int32), empty(64, 1),
         empty(1, 64, dtype=int32),
     )  # fmt: skip
     table = empty(64, 2048, dtype=int32)
     tables = prepare_block.BlockTables([table], [table], [16], empty(1, 5))
-    out = prepare_block.BlockRows(empty(64, 16), empty(64, 16), empty(64, dtype=int32), empty(64, 7), tables)
-    with recorded(prepare_block, "_prepare") as calls:
-        prepare_block.prepare_blocks(empty(8), batch, out, 7, 40960)
-    return calls[0]
+    rows = prepare_block.BlockRows(empty(64, 16), empty(64, 16), empty(64, dtype=int32), empty(64, 15), tables)
+    with recorded(prepare_block, "_prepare") as prepare:
+        prepare_block.prepare_blocks(empty(8), batch, rows, 7, 40960)
+    remembered = prepare_hypotheses.Remembered(empty(64), empty(64, 8), empty(64, 8))
+    blocks = prepare_hypotheses.HypothesisBlocks(empty(8, 8, 16), empty(8, 8, 16), empty(8, 8, dtype=int32))
+    with recorded(prepare_hypotheses, "_prepare") as ride_along:
+        prepare_hypotheses.launch(7, remembered, prepare_hypotheses.Verified(*batch[:3]), blocks, 7, 40960)
+    with recorded(most_probable, "_scan", "_merge") as look:
+        logits = empty(8, 16, 151936, dtype=torch.bfloat16)
+        most_probable.launch(logits, empty(8, 15), empty(8, dtype=float32), 9)
+    chances = (empty(8, 16, dtype=float32), empty(8, 16, 8, dtype=float32), empty(8, 16, 8))
+    with recorded(hypotheses_device, "_choose", "_match") as judge:
+        chosen = hypotheses.choose_device(*chances, empty(8, 15), empty(8), empty(8), empty(17, dtype=float32), 8)
+        hypotheses.match_device(chosen, empty(8, 15), empty(8), empty(8), empty(8))
+    names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
+    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
 
 
 def compile_call(call: Call, gpu: Gpu) -> Any:
@@ -243,14 +263,20 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def warps(call: Call) -> str:
+    count = call.arguments["num_warps"]
+    return f"{count} warp{'s'[: count > 1]}"
+
+
 def reports(shapes: list[Shape], gpus: list[Gpu]) -> Iterator[Report]:
     for gpu in gpus:
         limit = gpu.target.shared
-        compiled = compile_call(prepare_launch(), gpu)
-        facts = examine(compiled, gpu)
-        yield Report(
-            "prepare", gpu.name, "-", "-", "1 warp", shared=compiled.metadata.shared, shared_limit=limit, **facts
-        )
+        for name, call in bookkeeping_launches().items():
+            compiled = compile_call(call, gpu)
+            facts = examine(compiled, gpu)
+            yield Report(
+                name, gpu.name, "-", "-", warps(call), shared=compiled.metadata.shared, shared_limit=limit, **facts
+            )
         for shape, cache_dtype in itertools.product(shapes, (torch.bfloat16, gpu.fp8)):
             if cache_dtype is None:
                 continue

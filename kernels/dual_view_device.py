@@ -34,13 +34,14 @@ def _tile_rows(
     in_block = (own >= 0) & (own < BLOCKS * BLOCK)
     at = lengths + req.to(tl.int64) * lengths_req + (own // BLOCK) * lengths_block
     length = tl.load(at, mask=in_block, other=-1).to(tl.int32)  # [TILE_M]
-    place = req.to(tl.int64) * (BLOCKS * BLOCK) + own  # [TILE_M], row of q, k, v and out
+    # Kept over the whole prefix, so in 32 bits until it becomes an address: 64 would make ragged rows spill on sm_120.
+    place = req * (BLOCKS * BLOCK) + own  # [TILE_M], row of q, k, v and out
     if VERIFY > 0:
         if RAGGED:
-            first = tl.load(verify_starts + req).to(tl.int64)
+            first = tl.load(verify_starts + req)
             count = tl.minimum(tl.load(verify_starts + req + 1) - first, VERIFY)
         else:
-            first = req.to(tl.int64) * VERIFY
+            first = req * VERIFY
             count = VERIFY
         verifies = row < count
         verify_place = first + row
@@ -72,6 +73,7 @@ def _store_rows(
 ):
     head = kv_head * GQA + m % GQA  # [TILE_M]
     dims = tl.arange(0, DIM)
+    place = place.to(tl.int64)
     at = place * out_row + head * out_head
     tl.store(out + at[:, None] + dims[None, :], values.to(out.dtype.element_ty), mask=in_block[:, None])
     if VERIFY > 0:
@@ -257,10 +259,10 @@ def attend(
     m = tile * TILE_M + tl.arange(0, TILE_M)
     head = kv_head * GQA + m % GQA  # [TILE_M]
     dims = tl.arange(0, DIM)
-    q_at = q + (place * q_row + head * q_head)[:, None] + dims[None, :]
+    q_at = q + (place.to(tl.int64) * q_row + head * q_head)[:, None] + dims[None, :]
     rows = tl.load(q_at, mask=in_block[:, None], other=0.0)  # [TILE_M, DIM]
     if VERIFY > 0:
-        q_at = verify_q + (place * verify_q_row + head * verify_q_head)[:, None] + dims[None, :]
+        q_at = verify_q + (place.to(tl.int64) * verify_q_row + head * verify_q_head)[:, None] + dims[None, :]
         rows = tl.where(verifies[:, None], tl.load(q_at, mask=verifies[:, None], other=0.0), rows)
 
     acc = tl.zeros([TILE_M, DIM], tl.float32)

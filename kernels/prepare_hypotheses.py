@@ -114,10 +114,10 @@ def _prepare(
     start = tl.load(query_start_loc + r, mask=inside, other=0)
     drafts = tl.load(query_start_loc + r + 1, mask=inside, other=1) - start - 1
     p = tl.load(positions + start, mask=inside, other=0).to(tl.int64)
-    current = inside & (tl.load(anchor_position + slot, mask=inside, other=-1) == p)
+    remembered = tl.load(anchor_position + slot, mask=inside, other=-1)
 
     which = tl.arange(0, COUNT_TILE)
-    held = current & (which < COUNT)
+    held = which < tl.where(inside & (remembered == p), COUNT, 0)
     a = tl.load(accepted + slot * slot_stride + which, mask=held, other=NONE)  # [COUNT_TILE]
     real = (a != NONE) & (a <= drafts)
     c = tl.load(token + slot * slot_stride + which, mask=held & real, other=0)

@@ -65,6 +65,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     """Rows that a forward may hold before it takes noticeably longer than one with few: with more requests there are
     fewer hypotheses each, and beyond that two passes."""
 
+    orthrus_verification: Literal["backend", "fused"] = "backend"
+    """Who attends for the verification rows of one pass. "backend": vLLM's own attention, before ours takes the
+    hypotheses, so each prefix is read twice. "fused": our kernel takes both in one launch and reads it once; needs
+    "kernel" attention over full, causal layers. Verified logits then round as our kernel does."""
+
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
@@ -84,6 +89,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             # Interpreted, the kernel is exact and slow.
             self.orthrus_attention = "gather" if _gathers_well(self.target_model_config.dtype) else "write_through"
         self._choose_passes()
+        self._refuse_to_fuse()
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
         self.draft_model_config = copy.copy(self.target_model_config)
@@ -157,12 +163,29 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             )
             if value in ("write_through", True)
         ]
-        if obstacles and self.orthrus_passes == "one":
-            raise ValueError(
-                f"orthrus_passes='one' does not go with {obstacles[0]}. Change that, or leave orthrus_passes at 'auto'."
-            )
+        for name, value, otherwise in (
+            ("orthrus_passes", self.orthrus_passes, "leave orthrus_passes at 'auto'"),
+            ("orthrus_verification", self.orthrus_verification, "set orthrus_verification to 'backend'"),
+        ):
+            if obstacles and value in ("one", "fused"):
+                raise ValueError(f"{name}={value!r} does not go with {obstacles[0]}. Change that, or {otherwise}.")
         if self.orthrus_passes == "auto":
             self.orthrus_passes = "two" if obstacles else "one"
+
+    def _refuse_to_fuse(self) -> None:
+        if self.orthrus_verification == "backend":
+            return
+        if self.orthrus_passes == "two":
+            raise ValueError(
+                "orthrus_verification='fused' does not go with orthrus_passes='two', where a verification carries no "
+                "hypotheses to share a launch with. Set orthrus_passes to 'one', or orthrus_verification to 'backend'."
+            )
+        if self.orthrus_attention == "gather":
+            raise ValueError(
+                "orthrus_verification='fused' does not go with orthrus_attention='gather' (on CPUs 'auto' means that): "
+                "only the kernel takes both kinds of rows. Set orthrus_attention to 'kernel', or orthrus_verification "
+                "to 'backend'."
+            )
 
     @property
     def slots_written_ahead(self) -> int:

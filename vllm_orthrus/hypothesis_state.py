@@ -5,6 +5,7 @@ import torch
 from vllm_orthrus import policy
 from vllm_orthrus.integration.runner import VllmConfig
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
+from vllm_orthrus.kernels.most_probable import most_probable
 from vllm_orthrus.kernels.prepare_hypotheses import Remembered
 
 
@@ -115,8 +116,8 @@ class HypothesisState:
         offset = self.offset[slot]
         count = policy.draft_count(offset, self.num_drafts, self.drafting_rows)
         sampled = temperature > 0
-        scaled = logits.float() / torch.where(sampled, temperature, 1)[:, None, None]
-        described = policy.describe_drafts(scaled.softmax(-1), drafts, count, offset, self.block)
+        said = most_probable(logits, drafts, temperature, policy.LOOKED_AT)
+        described = policy.describe_drafts(said, drafts, count, offset, self.block)
         history = policy.History(*(part[slot] for part in self.history))
         chosen = choose_hypotheses(
             policy.outcome_chances(self.calibration, history, described, sampled),

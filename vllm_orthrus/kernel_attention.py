@@ -6,7 +6,14 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, cached_keys_values
-from vllm_orthrus.kernels.dual_view_attention import PagedCache, Plan, dual_view_attention, make_plan, workspace_size
+from vllm_orthrus.kernels.dual_view_attention import (
+    PagedCache,
+    Plan,
+    Verification,
+    dual_view_attention,
+    make_plan,
+    workspace_size,
+)
 
 # Backends that keep keys and values of one head side by side, so that strides say everything about the layout.
 READABLE = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "CPU_ATTN")
@@ -38,10 +45,16 @@ def unreadable(layer: CachedLayer) -> str | None:
 class KernelAttention(BlockAttention):
     supports_graphs = True
 
-    def __init__(self, layers: list[CachedLayer], rows_by_count: Sequence[int], device: torch.device) -> None:
-        """rows_by_count: rows per request when there are 1, 2, ... requests; 0 where there is no such pass."""
+    def __init__(
+        self, layers: list[CachedLayer], rows_by_count: Sequence[int], device: torch.device, verified: int = 0
+    ) -> None:
+        """rows_by_count: block rows per request when there are 1, 2, ... requests; 0 where there is no such pass.
+
+        verified: the most verification rows of a request that share a launch with them.
+        """
         self.layers = layers
         self.device = device
+        self.verified = verified
         self.plans: dict[tuple[int, int], Plan] = {}
         # One workspace for all layers and all batch sizes: passes never overlap.
         shapes = [(num_reqs, rows) for num_reqs, rows in enumerate(rows_by_count, 1) if rows]
@@ -53,7 +66,7 @@ class KernelAttention(BlockAttention):
         stored = attn.kv_cache_torch_dtype
         return make_plan(
             num_reqs,
-            rows,
+            self.verified + rows,
             attn.num_heads,
             attn.num_kv_heads,
             attn.head_size,
@@ -72,7 +85,14 @@ class KernelAttention(BlockAttention):
         self._plan = self.plans[num_reqs, rows]
         return ForwardInputs()
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        verification: Verification | None = None,
+    ) -> torch.Tensor:
         cached, blocks = self.layers[layer], self._blocks
         attn = cached.attn
         dim = attn.head_size
@@ -99,6 +119,7 @@ class KernelAttention(BlockAttention):
             attn.impl.scale,
             out=out.view(len(q), -1, dim),
             plan=self._plan,
+            verification=verification,
         )
         return out
 

@@ -4,7 +4,7 @@ The target's forward gets the rows of H hypotheses per request behind its own. I
 first and write their keys and values; the hypothesis rows then take the diffusion projections and see the prefix that
 their hypothesis stands for, drafts included:
 
-    ar, hy = attention(norm(hidden)[verification]), diffusion(norm(hidden)[hypotheses])
+    ar, hy = attention(norm(hidden)[verification]), diffusion(norm(hidden)[hypotheses])     see verification.py
     hidden = mlp(norm(concat(ar, hy)))
 
 Norms, MLPs and the embedding serve both kinds of rows in one product. A hypothesis that comes true is therefore exactly
@@ -17,7 +17,6 @@ import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     CUDAGraphMode,
     DefaultModelState,
@@ -25,7 +24,9 @@ from vllm_orthrus.integration.runner import (
     VllmConfig,
     get_forward_context,
 )
+from vllm_orthrus.kernel_attention import KernelAttention
 from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
+from vllm_orthrus.verification import BackendVerification, FusedVerification, OnePassAttention
 from vllm_orthrus.view import DiffusionView
 
 
@@ -44,13 +45,14 @@ class OnePass:
     def __init__(self, view: DiffusionView, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
         config = vllm_config.speculative_config
         self.view = view
+        self.fused, self.max_num_reqs = config.orthrus_verification == "fused", max_num_reqs
         self.block, self.verified = config.orthrus_block_size, config.num_speculative_tokens + 1
         self.most_hypotheses = config.orthrus_hypotheses
         self.most_rows = min(config.orthrus_rows, vllm_config.scheduler_config.max_num_batched_tokens)
         self.mask_token_id, self.max_model_len = config.orthrus_mask_token_id, vllm_config.model_config.max_model_len
         self.state = HypothesisState(vllm_config, max_num_reqs, device)
         self.plain_forward = view.target.forward
-        self.attention: BlockAttention | None = None  # known once there is a cache
+        self.attention: OnePassAttention | None = None  # known once there is a cache
         self.tables: list[torch.Tensor] = []
 
         most = self.block * max(count * self.num_hypotheses(count) for count in range(1, max_num_reqs + 1))
@@ -77,7 +79,12 @@ class OnePass:
 
     def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
         """There is a cache now; until then, and without this call, the target's forward is as it was."""
-        self.attention, self.tables = attention, tables
+        self.tables = tables
+        if self.fused:
+            assert isinstance(attention, KernelAttention)
+            self.attention = FusedVerification(attention, self.max_num_reqs)
+        else:
+            self.attention = BackendVerification(attention)
 
     def num_hypotheses(self, num_reqs: int) -> int:
         """How many blocks per request ride along with the verification of this many requests."""
@@ -91,6 +98,7 @@ class OnePass:
         count = self.num_hypotheses(padded)
         if self.attention is None or count == 0:
             return None
+        self.attention.prepare(batch)
         longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         views = self.views(padded, longest)
         computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
@@ -116,13 +124,20 @@ class OnePass:
         """Rows without a hypothesis, to capture a graph with."""
         if self.attention is None or not self._in_graph(num_reqs, num_tokens):
             return None
+        self.attention.clear()
         views = self.views(num_reqs)
         views.blocks.prefix_lengths.fill_(-1)
         return views
 
     def _in_graph(self, num_reqs: int, num_tokens: int) -> bool:
         """Whether a graph of this shape was captured with rows."""
-        return num_tokens == num_reqs * self.verified and self.num_hypotheses(num_reqs) > 0
+        uniform = num_tokens == num_reqs * self.verified
+        return (
+            uniform
+            and self.num_hypotheses(num_reqs) > 0
+            and self.attention is not None
+            and self.attention.supports_graphs
+        )
 
     def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
         """The rows of this many requests, whatever stands in them."""
@@ -166,7 +181,7 @@ class OnePass:
         if not self.ran_with_rows:
             return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         assert hypotheses is not None
-        with fused_norms():
+        with self.view.fused():
             return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
 
     def _forward_with_rows(
@@ -181,15 +196,14 @@ class OnePass:
         base, split = self.view.target.model, len(positions)
         embedded = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = torch.cat([embedded, base.embed_tokens(hypotheses.input_ids)])
-        residual = None
+        both, residual = (positions, hypotheses.positions), None
         for index, (layer, diffusion) in enumerate(zip(base.layers, self.view.layers, strict=True)):
             if residual is None:
                 residual, hidden = hidden, layer.input_layernorm(hidden)
             else:
                 hidden, residual = layer.input_layernorm(hidden, residual)
-            verified = layer.self_attn(positions=positions, hidden_states=hidden[:split])
-            drafted = diffusion(hypotheses.positions, hidden[split:], layer.self_attn.rotary_emb, self.attention, index)
-            hidden, residual = layer.post_attention_layernorm(torch.cat([verified, drafted]), residual)
+            attended = self.attention(index, layer.self_attn, diffusion, both, hidden)
+            hidden, residual = layer.post_attention_layernorm(attended, residual)
             hidden = layer.mlp(hidden)
         hidden, _ = base.norm(hidden, residual)
         hypotheses.hidden.copy_(hidden[split:])

@@ -21,11 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_orthrus.kernels.most_probable import Probable
+
 # Upper ends of the buckets for confidences and shares; the last bucket is open. Finer near 1, where one bucket's width
 # decides whether twenty drafts in a row are likely.
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.997)
 KINDS = 4  # first draft and later ones, of blocks that knew the bonus and of tails
 CANDIDATES = 8
+LOOKED_AT = CANDIDATES + 1  # likeliest tokens of a row: one more, as the draft is no candidate
 PRIOR = 8.0  # observations that a draft's own probability is worth
 REQUEST_PRIOR = 3.0  # rejections that the shared table is worth
 DECAY = 0.999  # of the shared counts, per step
@@ -87,27 +90,21 @@ def block_values(block: int, drafting_rows: int, count: int, device: torch.devic
     return torch.where(offsets < drafting_rows, values, 0)
 
 
-def describe_drafts(
-    probabilities: Tensor, tokens: Tensor, count: Tensor, offset: Tensor, block: int, candidates: int = CANDIDATES
-) -> Drafts:
-    """From the distributions [R, K+1, V] of the drafts' rows and of the row behind them, at the request's temperature.
+def describe_drafts(said: Probable, tokens: Tensor, count: Tensor, offset: Tensor, block: int) -> Drafts:
+    """From what the drafts' rows and the row behind them say, at the request's temperature.
 
     The draft itself cannot be the bonus at its place: where it is rejected, the residual max(p - q, 0) is zero on it.
     """
-    places = torch.arange(probabilities.shape[1], device=tokens.device)
-    known = tokens[..., None]
-    confidence = probabilities[:, :-1].gather(2, known).squeeze(2)  # [R, K]
+    places = torch.arange(said.tokens.shape[1], device=tokens.device)
     real = places[:-1] < count[:, None]
-    # One candidate more than asked for, so that the draft can leave.
-    kept = min(candidates, probabilities.shape[2] - 1)
-    share, found = probabilities.topk(kept + 1, dim=-1)  # [R, K+1, C+1]
     drafted = torch.cat((torch.where(real, tokens, -1), torch.full_like(tokens[:, :1], -1)), dim=1)  # [R, K+1]
-    share, order = torch.where(found == drafted[..., None], -1, share).topk(kept, dim=-1)  # [R, K+1, C]
-    found = found.gather(2, order)
-    left = torch.cat((1 - torch.where(real, confidence, 0), torch.ones_like(probabilities[:, :1, 0])), dim=1)
+    share = torch.where(said.tokens == drafted[..., None], -1, said.probability)
+    share, order = share.topk(share.shape[2] - 1, dim=-1)  # [R, K+1, C]
+    found = said.tokens.gather(2, order)
+    left = torch.cat((1 - torch.where(real, said.confidence, 0), torch.ones_like(said.probability[:, :1, 0])), dim=1)
     share = (share / left.clamp(min=1e-6)[..., None]).clamp(max=1)
     inside = (offset[:, None] + places < block) & (places <= count[:, None])  # the place has a row that speaks of it
-    return Drafts(tokens, count, offset, confidence, found, torch.where(inside[..., None], share, 0))
+    return Drafts(tokens, count, offset, said.confidence, found, torch.where(inside[..., None], share, 0))
 
 
 def accept_chances(calibration: Calibration, drafts: Drafts, sampled: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from vllm_orthrus.counting import LateCounts
 from vllm_orthrus.graphs import BlockGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.fused_ops import fused_norms
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
@@ -46,6 +45,7 @@ from vllm_orthrus.integration.runner import (
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import OnePass
+from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
@@ -141,6 +141,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._bind_one_pass(self.one_pass, layers)
 
     def _bind_one_pass(self, one_pass: OnePass, layers: list[CachedLayer]) -> None:
+        if one_pass.fused:
+            refuse_unfusable(self.vllm_config, layers)
         if isinstance(self.attention, WriteThroughAttention):
             logger.info("Orthrus drafts in a pass of its own: slots behind a request have room for one block only.")
             self.one_pass = None
@@ -148,7 +150,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         beside: BlockAttention = GatherAttention(layers)
         if isinstance(self.attention, KernelAttention):
             counts = range(1, self.max_num_reqs + 1)
-            beside = KernelAttention(layers, [self.block * one_pass.num_hypotheses(n) for n in counts], self.device)
+            rows = [self.block * one_pass.num_hypotheses(n) for n in counts]
+            beside = KernelAttention(layers, rows, self.device, one_pass.verified if one_pass.fused else 0)
         one_pass.bind(beside, self.block_tables.input_block_tables)
 
     def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:
@@ -419,7 +422,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             num_tokens=num_reqs * self.block,
             slot_mapping=context.slot_mapping,
         )
-        with inputs, fused_norms():
+        with inputs, self.model.fused():
             hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
         hidden = hidden.view(num_reqs, self.block, -1)
         if self.one_pass is not None:

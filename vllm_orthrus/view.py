@@ -1,6 +1,7 @@
 """The diffusion view: the target's own layers with a second attention in each."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.attention import BlockAttention
 from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors
-from vllm_orthrus.integration.fused_ops import fused_rotary
+from vllm_orthrus.integration.fused_ops import fused, unfused_ops
 
 
 class DiffusionAttention(nn.Module):
@@ -40,14 +41,20 @@ class DiffusionAttention(nn.Module):
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module, attend: BlockAttention, layer: int
     ) -> torch.Tensor:
+        out, _ = self.o_proj(attend(layer, *self.project(positions, x, rotary)))
+        return out  # type: ignore[no-any-return]
+
+    def project(
+        self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [rows, heads * dim], k and v [rows, kv_heads * dim]."""
         qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
             k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
-        q, k = fused_rotary(rotary)(positions, q, k)
-        out, _ = self.o_proj(attend(layer, q, k, v))
-        return out  # type: ignore[no-any-return]
+        q, k = rotary(positions, q, k)
+        return q, k, v
 
 
 class DiffusionView(nn.Module):
@@ -60,6 +67,7 @@ class DiffusionView(nn.Module):
     def __init__(self, shape: BaseShape, target: Any) -> None:
         super().__init__()
         self._target = (target,)  # a tuple is no submodule
+        self._unfused = tuple(unfused_ops(target))
         self.shape = shape
         self.layers = nn.ModuleList(
             DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}")
@@ -69,6 +77,10 @@ class DiffusionView(nn.Module):
     @property
     def target(self) -> Any:
         return self._target[0]
+
+    def fused(self) -> AbstractContextManager[None]:
+        """What runs inside uses vLLM's own kernels wherever it has them."""
+        return fused(self._unfused)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attend: BlockAttention) -> torch.Tensor:
         """input_ids and positions [rows]; returns the final hidden states [rows, hidden]."""

@@ -15,6 +15,11 @@ THOROUGH = bool(os.environ.get("ORTHRUS_TEST_ALL_PROMPTS"))
 StartEngine = Callable[..., Engine]
 
 
+def one_pass(head: Any, **settings: Any) -> dict[str, Any]:
+    few = {"orthrus_passes": "one", "orthrus_hypotheses": 4, "orthrus_rows": 512, "num_speculative_tokens": 5}
+    return {"method": "orthrus", "model": str(head)} | few | settings
+
+
 class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.base = checkpoints.write_base(folder / "base")

@@ -36,6 +36,12 @@ def test_filled_in_from_the_head(tiny: Checkpoints) -> None:
     assert config.num_lookahead_tokens == 0
 
 
+def test_verification_is_the_backends_unless_told(tiny: Checkpoints) -> None:
+    assert build(tiny.base, orthrus(tiny.block_head)).speculative_config.orthrus_verification == "backend"
+    told = orthrus(tiny.block_head, orthrus_verification="fused", orthrus_attention="kernel")
+    assert build(tiny.base, told).speculative_config.orthrus_passes == "one"
+
+
 def test_merged_checkpoint_needs_nothing_else(tiny: Checkpoints) -> None:
     spec = build(tiny.merged, {"method": "orthrus"}).speculative_config
     assert spec.model == str(tiny.merged)
@@ -114,6 +120,27 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "use_local_argmax_reduction=True",
     ),
+    "fused without hypotheses": (
+        {"orthrus_verification": "fused", "orthrus_passes": "two", "orthrus_attention": "kernel"},
+        {},
+        "orthrus_verification='fused' .* orthrus_passes='two', .* orthrus_passes to 'one'",
+    ),
+    "fused without the kernel": (
+        {"orthrus_verification": "fused"},
+        {},
+        "orthrus_verification='fused' .* orthrus_attention='gather' .* orthrus_attention to 'kernel'",
+    ),
+    "fused through slots": (
+        {"orthrus_verification": "fused", "orthrus_attention": "write_through"},
+        {},
+        "orthrus_verification='fused' .* orthrus_attention='write_through' .* orthrus_verification to 'backend'",
+    ),
+    "fused and checked": (
+        {"orthrus_verification": "fused", "orthrus_attention": "kernel", "orthrus_check_attention": True},
+        {},
+        "orthrus_verification='fused' does not go with orthrus_check_attention=True",
+    ),
+    "neither backend nor fused": ({"orthrus_verification": "kernel"}, {}, "'backend' or 'fused'"),
     "no such head": ({"model": "/no/such/folder"}, {}, "/no/such/folder"),
     "LoRA": ({}, {"enable_lora": True}, "enable_lora"),
     "no room for a block": ({}, {"max_num_batched_tokens": 4, "max_num_seqs": 2}, "one draft block"),

@@ -1,49 +1,20 @@
-"""CUDA graphs by request count, without a GPU: captured passes are kept as closures and replayed later.
+"""CUDA graphs by request count, replayed as closures."""
 
-What this checks is what a graph demands of the draft pass: that it reads and writes only buffers that stay where they
-are, and that rows no request fills do no harm.
-"""
-
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from tests.engine.conftest import StartEngine
-from tests.engine.harness import prompts
-from vllm_orthrus.graphs import MAX_GRAPH_ROWS, BlockGraphs
-from vllm_orthrus.integration.runner import BatchExecutionDescriptor, CUDAGraphMode
-
-
-class ReplayedClosures(BlockGraphs):
-    """Everything of the manager that needs no device."""
-
-    def __init__(self, max_num_reqs: int, block: int) -> None:
-        self.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        self.compilation_config = SimpleNamespace(cudagraph_capture_sizes=[1])
-        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_active_seqs=None))
-        self.max_num_reqs, self.decode_query_len = max_num_reqs, block
-        self._lora_dispatch_map: dict[int, int] = {}
-        self._candidates: dict[Any, Any] = {}
-        self._capture_descs: dict[Any, Any] = {}
-        self._graphs_captured = False
-        self.replayed: list[int] = []
-        self._init_candidates()
-
-    def capture(self, create_forward: Any, description: str) -> None:
-        self.graphs = {
-            descriptor: create_forward(descriptor, False) for descriptor in self._capture_descs[CUDAGraphMode.FULL]
-        }
-        self._graphs_captured = True
-
-    def run_fullgraph(self, descriptor: BatchExecutionDescriptor) -> None:
-        self.replayed.append(descriptor.num_reqs)
-        self.graphs[descriptor](CUDAGraphMode.FULL)
+from tests.engine.closures import Closures, DraftClosures, ForwardClosures
+from tests.engine.conftest import Checkpoints, StartEngine, one_pass
+from tests.engine.harness import Engine, prompts
+from vllm_orthrus.graphs import MAX_GRAPH_ROWS
+from vllm_orthrus.integration.runner import CUDAGraphMode
 
 
 @pytest.mark.parametrize("max_num_reqs", [1, 3, 8, 20, 256])
 def test_every_batch_has_the_smallest_graph_that_holds_it(max_num_reqs: int) -> None:
-    graphs = ReplayedClosures(max_num_reqs, block=32)
+    graphs = DraftClosures(max_num_reqs, 32)
     graphs._graphs_captured = True
     captured = sorted(descriptor.num_reqs for descriptor in graphs._capture_descs[CUDAGraphMode.FULL])
     assert captured[-1] == min(max_num_reqs, MAX_GRAPH_ROWS // 32)
@@ -64,7 +35,7 @@ def test_replayed_passes_draft_as_eager_ones(start: StartEngine, oracle_config: 
     engine = start(oracle_config | {"draft_sample_method": "probabilistic"}, max_num_seqs=8)
     speculator = engine.runner.speculator
     eager = engine.run(prompts(11), 24, temperature=0.9, seed=2)
-    graphs = speculator.graphs = ReplayedClosures(8, speculator.block)
+    graphs = speculator.graphs = DraftClosures(8, speculator.block)
     speculator.capture()
     replayed = engine.run(prompts(11), 24, temperature=0.9, seed=2)
     assert 0 < replayed.counts.drafted == replayed.counts.accepted
@@ -81,7 +52,7 @@ def test_batches_beyond_the_graphs_are_announced(
     speculator, said = engine.runner.speculator, []
     monkeypatch.setattr("vllm_orthrus.speculator.logger.warning_once", lambda text, *values: said.append(text % values))
     monkeypatch.setattr("vllm_orthrus.graphs.MAX_GRAPH_ROWS", 4)
-    graphs = speculator.graphs = ReplayedClosures(8, speculator.block)
+    graphs = speculator.graphs = DraftClosures(8, speculator.block)
     speculator.capture()
     for count in (3, 8):
         run = engine.run(prompts(count), 24)
@@ -89,3 +60,48 @@ def test_batches_beyond_the_graphs_are_announced(
     assert set(graphs.replayed) == {4}
     assert said
     assert "8 requests exceeds the largest Orthrus CUDA graph (4 requests)" in said[0]
+
+
+def test_replayed_verifications_carry_what_eager_ones_do(
+    start: StartEngine, tiny: Checkpoints, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass with everything replayed: the forward with its hypotheses, and what takes up their outcome."""
+    settings = {"num_speculative_tokens": 3, "orthrus_hypotheses": 2, "orthrus_attention": "kernel"}
+    engine = start(one_pass(tiny.block_head, **settings), max_num_batched_tokens=512)
+    speculator = engine.runner.speculator
+    state, given = speculator.one_pass.state, prompts(3, shortest=12)
+    drafted: list[tuple[int, ...]] = []
+    choose = state.choose
+
+    def remember(slot: Any, position: Any, anchor: Any, logits: Any, drafts: Any, temperature: Any) -> None:
+        rows = torch.cat([position[:, None], anchor[:, None], drafts], dim=1)[slot >= 0]
+        drafted.extend(tuple(row) for row in rows.tolist())
+        choose(slot, position, anchor, logits, drafts, temperature)
+
+    monkeypatch.setattr(state, "choose", remember)
+
+    def run() -> tuple[list[list[int]], list[tuple[int, ...]], list[int]]:
+        """What is said, drafted and counted by an engine that has learnt nothing yet."""
+        drafted.clear()
+        for part in (*state.calibration, state.counters):
+            part.zero_()
+        return engine.run(given, 16).tokens, sorted(drafted), state.counters.tolist()
+
+    eager = run()
+    assert eager[0] == plain.run(given, 16).tokens
+
+    sizes = (4, 8, 16)  # 1, 2 or 4 requests
+    forwards = ForwardClosures(engine, 8, sizes)
+    forwards.install(monkeypatch)
+    outcomes = speculator.outcome_graphs = Closures(8, speculator.one_pass.verified, sizes)
+    speculator.graphs = DraftClosures(8, speculator.block)
+    speculator.capture()
+    assert run() == eager
+    assert 4 in outcomes.replayed, "no replay had rows to spare"
+    assert outcomes.replayed == forwards.replayed
+
+    # A planted fault: rows that are prepared elsewhere than where they were captured.
+    monkeypatch.setattr(speculator.one_pass, "input_ids", speculator.one_pass.input_ids.clone())
+    astray = run()
+    assert astray[0] == eager[0], "drafts never change the text"
+    assert astray[1] != eager[1]

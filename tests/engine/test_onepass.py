@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus import hypothesis_state
 from vllm_orthrus.attention import Blocks, CachedLayer, GatherAttention
@@ -15,11 +15,6 @@ from vllm_orthrus.onepass import HypothesisRows, OnePass
 from vllm_orthrus.speculator import OrthrusSpeculator
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-def one_pass(head: Any, **settings: Any) -> dict[str, Any]:
-    few = {"orthrus_passes": "one", "orthrus_hypotheses": 4, "orthrus_rows": 512, "num_speculative_tokens": 5}
-    return {"method": "orthrus", "model": str(head)} | few | settings
 
 
 class Comparer:
@@ -52,11 +47,12 @@ def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
     comparer, propose = Comparer(), OrthrusSpeculator.propose
 
     @torch.inference_mode()
-    def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
-        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(batch):
+    def compare_and_propose(self: OrthrusSpeculator, *rest: Any, **named: Any) -> Any:
+        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(rest[0]):
+            batch = rest[0]
             rows = self.one_pass.views(batch.num_reqs)
             comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
-        return propose(self, batch, *rest, **named)
+        return propose(self, *rest, **named)
 
     monkeypatch.setattr(OrthrusSpeculator, "propose", compare_and_propose)
     yield comparer
@@ -75,7 +71,7 @@ def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureReque
 
 
 def test_blocks_are_those_of_a_separate_pass(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
-    attention = drafting.runner.speculator.one_pass.attention
+    attention = drafting.runner.speculator.one_pass.attention.blocks
     count = 8 if isinstance(attention, GatherAttention) else 2  # interpreted kernels take their time
     assert carries_exact_blocks(drafting, comparer, count)
     given = prompts(count, shortest=20)
@@ -218,6 +214,9 @@ def test_the_copied_head_notices(fault: str, copying: Engine, monkeypatch: pytes
 def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> None:
     """A captured forward reads fixed addresses: those of the rows that later batches prepare."""
     one = drafting.runner.speculator.one_pass
+    if isinstance(one.attention.blocks, GatherAttention):
+        assert one.dummy(2, 2 * one.verified) is None, "it takes sizes from the host, which no graph can"
+        return
     for num_reqs in (1, 2, 5, 8):
         captured = one.dummy(num_reqs, num_reqs * one.verified)
         prepared = one.views(num_reqs, 17)
@@ -232,3 +231,14 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
             assert mine.data_ptr() == theirs.data_ptr()
             assert mine.shape == theirs.shape
     assert one.dummy(3, 3 * one.verified + 1) is None, "a ragged batch has no graph with rows"
+
+
+@pytest.mark.slow
+def test_beside_a_compiled_target(start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer) -> None:
+    """Prompts go through the compiled model, verifications with hypotheses past it, and both know the same cache."""
+    engine = start(one_pass(tiny.block_head), max_num_batched_tokens=512, enforce_eager=False)
+    assert not engine.runner.model.model.do_not_compile
+    given = prompts(4, shortest=20)
+    assert engine.run(given, 24).tokens == plain.run(given, 24).tokens
+    assert comparer.blocks > 20
+    assert comparer.worst <= 1e-5

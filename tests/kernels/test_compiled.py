@@ -26,6 +26,8 @@ def test_resources(gpu: str) -> None:
     found = resources("--quick", "--gpu", gpu)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("| attend |") >= 4
+    for kernel in ("merge", "prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match"):
+        assert f"| {kernel} |" in found.stdout
 
 
 @pytest.mark.slow

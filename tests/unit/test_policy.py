@@ -16,6 +16,7 @@ from vllm_orthrus.kernels.hypotheses import (
     count_covered,
     match_outcome,
 )
+from vllm_orthrus.kernels.most_probable import from_probabilities
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -133,7 +134,8 @@ def drafts(reqs: int, places: int, seed: int = 0, vocab: int = 32) -> tuple[poli
     tokens = torch.multinomial(q[:, :-1].flatten(0, 1), 1, generator=gen).view(reqs, places)
     offset = torch.randint(0, places + 2, (reqs,), generator=gen)
     real = policy.draft_count(offset, places, places)
-    return policy.describe_drafts(q, tokens, real, offset, block=places + 1), q
+    said = from_probabilities(q, tokens, policy.LOOKED_AT)
+    return policy.describe_drafts(said, tokens, real, offset, block=places + 1), q
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))

@@ -1,29 +1,36 @@
-"""vLLM's hand-written kernels for norms and rotary embeddings, where nothing is compiled.
+"""vLLM's hand-written kernels for norms, activations and rotary embeddings, where nothing is compiled.
 
-When vLLM compiles a model it takes these in their PyTorch form, for Inductor to fuse. Draft passes are not compiled
-but captured, and run uncompiled every such form would be a handful of kernels.
+When vLLM compiles a model it takes these in their PyTorch form, for Inductor to fuse. Our passes are not compiled but
+captured, and run uncompiled every such form would be a handful of kernels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
+from torch import nn
 from vllm.config.kernel import IrOpPriorityConfig
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
 
+def unfused_ops(model: nn.Module) -> list[CustomOp]:
+    """The model's activations and rotary embeddings, each once."""
+    return [module for module in model.modules() if isinstance(module, SiluAndMul | RotaryEmbedding)]
+
+
 @contextmanager
-def fused_norms() -> Iterator[None]:
+def fused(ops: Sequence[CustomOp]) -> Iterator[None]:
+    """Meanwhile norms, and these, run as they do where vLLM compiles nothing."""
     if not current_platform.is_cuda():
         yield
         return
-    with IrOpPriorityConfig.with_default(["vllm_c", "native"]).set_priority():
-        yield
-
-
-def fused_rotary(rotary: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The rotary embedding as it runs uncompiled; in place."""
-    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rotate = rotary.forward_cuda if current_platform.is_cuda() else rotary
-    return rotate
+    for op in ops:
+        op.forward = op.forward_cuda
+    try:
+        with IrOpPriorityConfig.with_default(["vllm_c", "native"]).set_priority():
+            yield
+    finally:
+        for op in ops:
+            del op.forward

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_naive, count_covered, match_naive
+from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.policy import (
+    LOOKED_AT,
     Calibration,
     Drafts,
     History,
@@ -196,7 +198,8 @@ class OnePass:
         q = self._probabilities(now.block.gather(1, rows[..., None].expand(-1, -1, now.block.shape[2])))
         count = draft_count(now.offset, self.num_drafts, self.drafting_rows)
         drafted = self._draw(q[:, :-1]) if self.drafting == "probabilistic" else q[:, :-1].argmax(-1)
-        described = describe_drafts(q, drafted, count, now.offset, self.width)
+        said = from_probabilities(q, drafted, LOOKED_AT)
+        described = describe_drafts(said, drafted, count, now.offset, self.width)
         if self.drafting == "greedy":  # drawn from nothing, whatever the rows say: q is one-hot
             return described, torch.zeros_like(q[:, :-1]).scatter_(2, drafted[..., None], 1)
         return described, q[:, :-1]

@@ -1,0 +1,173 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""What the rows of a draft say, from one reading of their logits: the likeliest tokens, and how likely the draft was.
+
+    probability = softmax(logits / temperature)      temperature 0: as if it were 1
+    likeliest   = the `count` largest, in order
+    confidence  = that of the drafted token
+
+Two launches: each program of the first keeps a stretch of the vocabulary in registers and takes its maximum `count`
+times; the second merges the stretches of a row. Neither the probabilities nor a sorted row ever stand in memory.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STRETCH = 4096  # of the vocabulary, per program
+
+
+class Probable(NamedTuple):
+    """For R requests with K drafts each: their rows, and the one behind them."""
+
+    confidence: Tensor  # [R, K] float32
+    tokens: Tensor  # [R, K+1, count] int64
+    probability: Tensor  # [R, K+1, count] float32, falling
+
+
+def most_probable(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
+    """logits [R, K+1, V]; drafts [R, K]; temperature [R]. Two launches, or the twin on a CPU."""
+    if logits.device.type == "cpu":
+        return naive(logits, drafts, temperature, count)
+    return launch(logits, drafts, temperature, count)
+
+
+def naive(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
+    scaled = logits.float() / torch.where(temperature > 0, temperature, 1)[:, None, None]
+    return from_probabilities(scaled.softmax(-1), drafts, count)
+
+
+def from_probabilities(probabilities: Tensor, drafts: Tensor, count: int) -> Probable:
+    """probabilities [R, K+1, V]."""
+    probability, tokens = probabilities.topk(min(count, probabilities.shape[2]), dim=-1)
+    return Probable(probabilities[:, :-1].gather(2, drafts[..., None]).squeeze(2), tokens, probability)
+
+
+def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stretch: int = STRETCH) -> Probable:
+    reqs, places, vocabulary = logits.shape
+    count = min(count, vocabulary)
+    stretches = triton.cdiv(vocabulary, stretch)
+    rows, device = logits.view(reqs * places, vocabulary), logits.device
+    largest, sums = (torch.empty(len(rows), stretches, dtype=torch.float32, device=device) for _ in range(2))
+    values = torch.empty(len(rows), stretches, count, dtype=torch.float32, device=device)
+    found = torch.empty(len(rows), stretches, count, dtype=torch.int32, device=device)
+    _scan[(len(rows), stretches)](
+        rows,
+        rows.stride(0),
+        temperature,
+        largest,
+        sums,
+        values,
+        found,
+        vocabulary,
+        stretches,
+        PLACES=places,
+        COUNT=count,
+        TILE=triton.next_power_of_2(min(stretch, vocabulary)),
+        num_warps=8,
+    )
+    out = Probable(
+        torch.empty(reqs, places - 1, dtype=torch.float32, device=device),
+        torch.empty(reqs, places, count, dtype=torch.int64, device=device),
+        torch.empty(reqs, places, count, dtype=torch.float32, device=device),
+    )
+    _merge[(len(rows),)](
+        rows,
+        rows.stride(0),
+        temperature,
+        drafts,
+        drafts.stride(0),
+        largest,
+        sums,
+        values,
+        found,
+        *out,
+        stretches,
+        PLACES=places,
+        COUNT=count,
+        STRETCHES_TILE=triton.next_power_of_2(stretches),
+        TILE=triton.next_power_of_2(stretches * count),
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _scan(
+    logits,
+    row_stride,
+    temperature,
+    out_largest,
+    out_sums,
+    out_values,
+    out_found,
+    vocabulary,
+    stretches,
+    PLACES: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    stretch = tl.program_id(1)
+    degrees = tl.load(temperature + row // PLACES).to(tl.float32)
+    token = stretch * TILE + tl.arange(0, TILE)
+    x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+    x = x / tl.where(degrees > 0, degrees, 1.0)
+    largest = tl.max(x, 0)
+    at = row * stretches + stretch
+    tl.store(out_largest + at, largest)
+    tl.store(out_sums + at, tl.sum(tl.exp(x - tl.maximum(largest, -1e38)), 0))  # a stretch may be ruled out altogether
+    for rank in range(COUNT):
+        best = tl.argmax(x, 0)
+        tl.store(out_values + at * COUNT + rank, tl.max(x, 0))
+        tl.store(out_found + at * COUNT + rank, stretch * TILE + best)
+        x = tl.where(token == stretch * TILE + best, float("-inf"), x)
+
+
+@triton.jit
+def _merge(
+    logits,
+    row_stride,
+    temperature,
+    drafts,
+    drafts_stride,
+    largest,
+    sums,
+    values,
+    found,
+    out_confidence,
+    out_tokens,
+    out_probability,
+    stretches,
+    PLACES: tl.constexpr,
+    COUNT: tl.constexpr,
+    STRETCHES_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    req, place = row // PLACES, row % PLACES
+    degrees = tl.load(temperature + req).to(tl.float32)
+    degrees = tl.where(degrees > 0, degrees, 1.0)
+    part = tl.arange(0, STRETCHES_TILE)
+    maxima = tl.load(largest + row * stretches + part, mask=part < stretches, other=float("-inf"))
+    total = tl.load(sums + row * stretches + part, mask=part < stretches, other=0.0)
+    top = tl.max(maxima, 0)
+    total = tl.sum(total * tl.exp(maxima - top), 0)
+
+    candidate = tl.arange(0, TILE)
+    inside = candidate < stretches * COUNT
+    x = tl.load(values + row * stretches * COUNT + candidate, mask=inside, other=float("-inf"))
+    token = tl.load(found + row * stretches * COUNT + candidate, mask=inside, other=0)
+    for rank in range(COUNT):
+        best = tl.argmax(x, 0)
+        taken = candidate == best
+        tl.store(out_tokens + row * COUNT + rank, tl.sum(tl.where(taken, token, 0), 0).to(tl.int64))
+        tl.store(out_probability + row * COUNT + rank, tl.exp(tl.max(x, 0) - top) / total)
+        x = tl.where(taken, float("-inf"), x)
+
+    drafted = place < PLACES - 1
+    draft = tl.load(drafts + req * drafts_stride + place, mask=drafted, other=0)
+    said = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
+    tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(said - top) / total, mask=drafted)
