@@ -22,6 +22,7 @@ from torch import nn
 from vllm.logger import init_logger
 
 from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
+from vllm_orthrus.counting import LateCounts
 from vllm_orthrus.graphs import BlockGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
@@ -36,7 +37,6 @@ from vllm_orthrus.integration.runner import (
     VllmConfig,
     async_tensor_h2d,
     initialize_single_dummy_weight,
-    is_global_first_rank,
     process_weights_after_loading,
     set_current_vllm_config,
     set_default_torch_dtype,
@@ -45,7 +45,6 @@ from vllm_orthrus.integration.runner import (
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import OnePass
-from vllm_orthrus.reporting import OnePassReport
 from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
@@ -70,7 +69,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.prefix_blocks: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
 
         self.one_pass: OnePass | None = None
-        self.report: OnePassReport | None = None
+        self.counted: LateCounts | None = None
+        self.draft_passes = 0  # of requests, beside a one-pass forward; the host knows them exactly
         self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
         self.logits: torch.Tensor | None = None  # of the rows being sampled, if they are known already
 
@@ -112,8 +112,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         )
         if config.orthrus_passes == "one":
             self.one_pass = OnePass(view, self.vllm_config, self.max_num_reqs, self.device)
-            if is_global_first_rank():
-                self.report = OnePassReport(HypothesisState.COUNTERS, self.one_pass.state.counters)
+            self.counted = LateCounts(HypothesisState.COUNTERS, self.one_pass.state.counters)
         return view.eval()
 
     def set_attn(
@@ -259,8 +258,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._stage(num_reqs, num_sampled, num_rejected)
             self._run_outcome(input_batch.num_reqs_after_padding)
             drafts.copy_(self.drafts[:num_reqs])
-            if self.report is not None:
-                self.report.tick()
             return drafts
 
         self.current[slots] = False
@@ -271,11 +268,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         rows = async_tensor_h2d(drafting, self.device)  # [n], rows of the batch
         self._prepare_blocks(rows, input_batch, *sampled)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
+        self.draft_passes += len(drafting)
         self._run(len(drafting), longest, eager=False)
         reading = input_batch.num_computed_tokens_np[drafting] < input_batch.prefill_len_np[drafting]
         self.current[slots[drafting]] = self._finish(len(drafting), async_tensor_h2d(reading, self.device))
         drafts[rows] = self.drafts[: len(drafting)]
         return drafts
+
+    def counts(self) -> dict[str, int] | None:
+        """What one-pass drafting has counted since the start; the device's part may be a few steps old."""
+        if self.one_pass is None or self.counted is None:
+            return None
+        return {**self.counted.read(), "draft_passes": self.draft_passes}
 
     def _finish(self, n: int, new: torch.Tensor) -> bool:
         """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one.

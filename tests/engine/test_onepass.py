@@ -12,7 +12,6 @@ from vllm_orthrus import hypothesis_state
 from vllm_orthrus.attention import Blocks, CachedLayer, GatherAttention
 from vllm_orthrus.kernels.hypotheses import Hypotheses
 from vllm_orthrus.onepass import HypothesisRows, OnePass
-from vllm_orthrus.reporting import OnePassReport
 from vllm_orthrus.speculator import OrthrusSpeculator
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -232,26 +231,6 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
             assert mine.data_ptr() == theirs.data_ptr()
             assert mine.shape == theirs.shape
     assert one.dummy(3, 3 * one.verified + 1) is None, "a ragged batch has no graph with rows"
-
-
-def test_a_line_in_the_log(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, said = [0.0], []
-    monkeypatch.setattr("vllm_orthrus.reporting.logger.info", lambda text, *values: said.append(text % values))
-    state, speculator = drafting.runner.speculator.one_pass.state, drafting.runner.speculator
-    report = OnePassReport(state.COUNTERS, state.counters, interval=10, clock=lambda: now[0])
-    monkeypatch.setattr(speculator, "report", report)
-    before = state.counters.clone()
-    drafting.run(prompts(2), 8)
-    assert not said, "it is not due yet"
-    now[0] = 11
-    first = drafting.run(prompts(2), 16)
-    now[0] = 22
-    drafting.run(prompts(2), 16)
-    assert len(said) == 1
-    new = dict(zip(state.COUNTERS, (state.counters - before).tolist(), strict=True))
-    assert new["hits"] + new["accepted_count_missed"] + new["bonus_missed"] == new["verifications"]
-    assert new["tokens"] >= new["verifications"] >= first.counts.steps
-    assert "tokens per forward" in said[0]
 
 
 @pytest.mark.slow

@@ -11,9 +11,12 @@ from tests.engine.checkpoints import write_tokenizer
 from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
 from tests.engine.subprocesses import result_of
-from vllm_orthrus.demo.server import DraftCounters, Server, serving
+from vllm_orthrus.demo.server import Server, serving
+from vllm_orthrus.integration.metrics import METRICS
 
 pytestmark = pytest.mark.slow
+
+ONE_PASS_OPTIONS = {"max_num_batched_tokens": 512}
 
 GENERATE = """
 import json, sys
@@ -25,7 +28,7 @@ if __name__ == "__main__":
         options["distributed_executor_backend"] = RayOnCpu
     engine = Engine(model, speculative, **options)
     run = engine.run(prompts, 24)
-    print("RESULT", json.dumps([run.tokens, run.counts]))
+    print("RESULT", json.dumps([run.tokens, run.counts, engine.one_pass]))
     engine.close()
 """
 
@@ -38,7 +41,8 @@ def generate(tmp_path: Path, model: Path, speculative: dict[str, Any] | None, op
 @pytest.fixture(scope="module")
 def expected(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What vLLM without drafts says."""
-    tokens, _ = generate(tmp_path_factory.mktemp("plain"), tiny.base, None, {})
+    tokens, _, counted = generate(tmp_path_factory.mktemp("plain"), tiny.base, None, {})
+    assert not counted
     return tokens
 
 
@@ -51,46 +55,83 @@ def copying(tiny: Checkpoints) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_spawned_workers(ranks: int, tiny: Checkpoints, copying: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": ranks})
+    tokens, (_, drafted, accepted), counted = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": ranks})
     assert tokens == expected
     assert 0 < drafted == accepted
-
-
-def test_ray_workers(tiny: Checkpoints, copying: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    """The config travels to Ray's actors by name, before they have loaded any plugin."""
-    pytest.importorskip("ray")
-    tokens, (_, drafted, accepted) = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": 2, "ray": True})
-    assert tokens == expected
-    assert 0 < drafted == accepted
-
-
-def test_one_pass_on_two_ranks(tiny: Checkpoints, expected: Any, tmp_path: Path) -> None:
-    """Each rank guesses for itself; were their guesses to differ, their sums would be of different rows."""
-    one_pass = {"method": "orthrus", "model": str(tiny.block_head), "orthrus_passes": "one", "orthrus_rows": 512}
-    counts = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        options = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 512}
-        tokens, (_, *drafts) = generate(folder, tiny.base, one_pass, options)
-        assert tokens == expected
-        counts.append(drafts)
-    assert counts[0] == counts[1]
-    assert counts[0][1] > 0
+    assert not counted
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Checkpoints, copying: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def one_pass(tiny: Checkpoints) -> dict[str, Any]:
+    return {"method": "orthrus", "model": str(tiny.block_head), "orthrus_passes": "one", "orthrus_rows": 512}
+
+
+def agree(steps: int, accepted: int, counted: dict[str, int], requests: int) -> bool:
+    """Whether one-pass drafting's counts fit together, and fit vLLM's."""
+    return (
+        counted["hits"] + counted["accepted_count_missed"] + counted["bonus_missed"] == counted["verifications"]
+        # New drafts come of each prompt and of each verification: of what it carried, or of a pass of their own.
+        and counted["verifications"] + counted["draft_passes"] == steps + requests
+        and 0 < counted["verifications"] <= counted["tokens"] <= steps + accepted
+        and counted["rows"] > 2 * counted["tokens"]
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(
+    tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    tokens, counts, counted = generate(tmp_path_factory.mktemp("one"), tiny.base, one_pass, ONE_PASS_OPTIONS)
+    assert tokens == expected
+    assert agree(counts[0], counts[2], counted, requests=4)
+    return counts
+
+
+@pytest.mark.parametrize("workers", ["spawned", "ray"])
+def test_one_pass_on_two_ranks(
+    workers: str, tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, on_one_rank: Any, tmp_path: Path
+) -> None:
+    """Each rank guesses for itself; were their guesses to differ, their sums would be of different rows.
+
+    Ray's actors get the config by its name, before they have loaded any plugin.
+    """
+    options: dict[str, Any] = {"tensor_parallel_size": 2} | ONE_PASS_OPTIONS
+    if workers == "ray":
+        pytest.importorskip("ray")
+        options["ray"] = True
+    tokens, counts, counted = generate(tmp_path, tiny.base, one_pass, options)
+    assert tokens == expected
+    assert counts == on_one_rank
+    assert agree(counts[0], counts[2], counted, requests=4), "both ranks count, and one of them is to be heard"
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def server(
+    tiny: Checkpoints,
+    one_pass: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Server]:
+    """With one front end, and with two, which share the counting."""
     write_tokenizer(tiny.base)
     log = tmp_path_factory.mktemp("server") / "log"
     options = [
         *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8"),
-        *("--kv-cache-memory-bytes", str(32 << 20)),
+        *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(32 << 20)),
+        *("--api-server-count", str(request.param)),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        with serving(tiny.base, log, copying, options) as server:
+        with serving(tiny.base, log, one_pass, options) as server:
             yield server
+
+
+def one_pass_counters(server: Server) -> dict[str, int]:
+    """Added up over the front ends, which answer for each other."""
+    found = server.metrics("vllm:orthrus_")
+    by_name = {(sample.name, sample.labels.get("cause")): int(sample.value) for sample in found}
+    assert len(by_name) == len(found) == len(METRICS)
+    return {name: by_name[metric.name + "_total", metric.cause] for name, metric in METRICS.items()}
 
 
 def test_server_and_metrics(server: Server) -> None:
@@ -101,10 +142,17 @@ def test_server_and_metrics(server: Server) -> None:
             model="tiny", prompt=prompt, temperature=0, max_tokens=24, stream=stream, extra_body={"ignore_eos": True}
         )
 
-    whole = [complete(prompt, stream=False) for prompt in prompts(3)]
+    given = prompts(4, shortest=20)
+    whole = [complete(prompt, stream=False) for prompt in given]
     assert all(answer.usage.completion_tokens == 24 for answer in whole)
-    # The prompt gives the first token; of the other 23 each step gives two.
-    assert server.draft_counters() == DraftCounters(36, 36, 36, [36])
-    streamed = ["".join(part.choices[0].text for part in complete(prompt, stream=True)) for prompt in prompts(3)]
+    first, counted = server.draft_counters(), one_pass_counters(server)
+    assert agree(first.cycles, first.accepted, counted, requests=4)
+    # One request at a time: no step reads prompts beside others.
+    assert counted["tokens"] == first.cycles + first.accepted
+    assert 0 < first.accepted < first.drafted
+    assert counted["draft_passes"] == 4
+    assert all(counted.values()), "something was never counted"
+    streamed = ["".join(part.choices[0].text for part in complete(prompt, stream=True)) for prompt in given]
     assert streamed == [answer.choices[0].text for answer in whole]
-    assert server.draft_counters() == DraftCounters(72, 72, 72, [72])
+    both = server.draft_counters()
+    assert agree(both.cycles, both.accepted, one_pass_counters(server), requests=8)

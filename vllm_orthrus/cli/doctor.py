@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -109,6 +110,8 @@ def _patches(explain: bool) -> Iterator[Finding]:
         yield Finding("note", "kernels", "interpreted", "no CPU compiler for Triton here: exact, but slow")
     installed = install()
     for patch in PATCHES:
+        if installed and patch.late:
+            import_module(patch.module)  # which applies it
         reasons = f"{patch.why} Goes when {patch.remove_when} ({patch.upstream})." if explain else ""
         if patch.state is State.REFUSED:
             yield Finding("RED", patch.state.value, f"{patch.target}: {patch.problem}", "this vLLM is not one of ours")

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
 
 class ServerError(RuntimeError):
@@ -91,20 +94,24 @@ class Server:
                 self.process.kill()
                 self.process.wait()
 
-    def draft_counters(self) -> DraftCounters:
+    def metrics(self, prefix: str) -> list[Sample]:
+        """Everything under `/metrics` whose name starts with this, except when counting began."""
         from prometheus_client.parser import text_string_to_metric_families
 
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
             families = text_string_to_metric_families(reply.read().decode())
+        samples = (sample for family in families for sample in family.samples)
+        return [found for found in samples if found.name.startswith(prefix) and not found.name.endswith("_created")]
+
+    def draft_counters(self) -> DraftCounters:
         totals: dict[str, float] = {}
         by_position: dict[int, float] = {}
-        for family in families:
-            for sample in family.samples:
-                if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
-                    position = int(sample.labels["position"])
-                    by_position[position] = by_position.get(position, 0) + sample.value
-                elif sample.name.startswith("vllm:spec_decode_") and sample.name.endswith("_total"):
-                    totals[sample.name] = totals.get(sample.name, 0) + sample.value
+        for sample in self.metrics("vllm:spec_decode_"):
+            if sample.name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+                position = int(sample.labels["position"])
+                by_position[position] = by_position.get(position, 0) + sample.value
+            else:
+                totals[sample.name] = totals.get(sample.name, 0) + sample.value
         return DraftCounters(
             int(totals.get("vllm:spec_decode_num_drafts_total", 0)),
             int(totals.get("vllm:spec_decode_num_draft_tokens_total", 0)),

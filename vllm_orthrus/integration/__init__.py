@@ -2,13 +2,19 @@
 
 import logging
 
-from vllm_orthrus.integration import config, cpu, dispatch, models, scheduling
+from vllm_orthrus.integration import config, cpu, dispatch, metrics, models, scheduling
 from vllm_orthrus.integration.registry import Patch, State, apply_all
 from vllm_orthrus.integration.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
 __all__ = ["PATCHES", "SUPPORTED_VLLM", "Patch", "State", "install", "installed_vllm"]
 
-PATCHES: list[Patch] = [*config.PATCHES, *dispatch.PATCHES, *scheduling.PATCHES, *cpu.PATCHES]
+PATCHES: list[Patch] = [
+    *config.PATCHES,
+    *dispatch.PATCHES,
+    *scheduling.PATCHES,
+    *metrics.PATCHES,
+    *cpu.PATCHES,
+]
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
 logger = logging.getLogger("vllm.orthrus")

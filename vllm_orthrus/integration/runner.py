@@ -2,7 +2,6 @@
 
 from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import is_global_first_rank
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
@@ -33,7 +32,6 @@ __all__ = [
     "get_forward_context",
     "init_attn_backend",
     "initialize_single_dummy_weight",
-    "is_global_first_rank",
     "process_weights_after_loading",
     "replace",
     "set_current_vllm_config",
