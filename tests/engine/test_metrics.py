@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from tests.engine.test_lossless import HostReads
-from tests.engine.test_onepass import one_pass
 from vllm_orthrus.counting import LateCounts
 from vllm_orthrus.integration import metrics
 

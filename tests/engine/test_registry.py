@@ -1,11 +1,9 @@
 """The patches: checked before applied, all or nothing, once, and nothing to see without `method: orthrus`."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus import integration
+from vllm_orthrus.integration import metrics
 from vllm_orthrus.integration.registry import Patch, State, apply_all, is_property, literals, locate, takes
 
 
@@ -31,7 +30,7 @@ class Target:
 
 def patch(target: str, **changes: Any) -> Patch:
     settings: dict[str, Any] = {
-        "target": target if ":" in target else f"{__name__}:Target.{target}",
+        "target": f"{__name__}:Target.{target}",
         "why": "-",
         "upstream": "-",
         "remove_when": "-",
@@ -93,61 +92,33 @@ def test_importers_by_name_are_followed() -> None:
     assert model_runner.init_speculator is spec_decode.init_speculator
 
 
-@pytest.fixture
-def module_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    (tmp_path / "module_to_come.py").write_text("class Late:\n    def method(self, value):\n        return value\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "module_to_come"
-    sys.modules.pop("module_to_come", None)
+def test_every_patch_applies_here() -> None:
+    assert integration.install()
+    metrics.count_in_this_worker()
+    for one in (*integration.PATCHES, *integration.WORKER_PATCHES):
+        assert one.state in (State.APPLIED, State.NOT_NEEDED), f"{one.target}: {one.problem}"
 
 
-def test_late_patches_wait_for_their_module(module_to_come: str) -> None:
-    late = patch(f"{module_to_come}:Late.method", late=True)
-    good = patch("method")
-    for _ in range(2):
-        assert apply_all([late, good]) == []
-        assert (late.state, good.state) == (State.PENDING, State.APPLIED)
-    assert module_to_come not in sys.modules
-    loaded = importlib.import_module(module_to_come)
-    assert late.state is State.APPLIED
-    assert loaded.Late().method(1) == 2
-    assert apply_all([late, good]) == []
-    assert loaded.Late().method(1) == 2
-
-
-def test_late_patches_are_applied_at_once_if_their_module_is_there(module_to_come: str) -> None:
-    loaded = importlib.import_module(module_to_come)
-    assert apply_all([patch(f"{module_to_come}:Late.method", late=True)]) == []
-    assert loaded.Late().method(1) == 2
-
-
-def test_an_unknown_late_target_is_left_alone(module_to_come: str) -> None:
-    unknown = patch(f"{module_to_come}:Late.method", late=True, check=takes("self", "other"))
-    assert apply_all([unknown]) == []
-    loaded = importlib.import_module(module_to_come)
-    assert unknown.state is State.REFUSED
-    assert loaded.Late().method(1) == 1
-    assert apply_all([unknown]) == [], "it holds nothing back"
-
-
-def test_nothing_is_imported_for_late_patches() -> None:
+def test_the_model_runner_is_not_imported_for_its_patch() -> None:
     """Processes that never draft shall not load what drafts."""
     code = "import sys; from vllm_orthrus.plugin import register; register(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     loaded = done.stdout.split()
     assert "vllm.engine.arg_utils" in loaded
-    assert not {one.module for one in integration.PATCHES if one.late} & set(loaded)
+    assert "vllm.v1.worker.gpu.model_runner" not in loaded
 
 
-def test_every_patch_applies_here() -> None:
-    assert integration.install()
-    for one in integration.PATCHES:
-        importlib.import_module(one.module)
-        assert one.state in (State.APPLIED, State.NOT_NEEDED), f"{one.target}: {one.problem}"
+def test_an_unknown_model_runner_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(metrics, "WORKER_PATCHES", [patch("method", check=takes("self", "other"))])
+    metrics.count_in_this_worker()
+    assert "Target.method" in said[0]
+    assert Target().method(1) == 1
 
 
 def test_every_patch_explains_itself() -> None:
-    for one in integration.PATCHES:
+    for one in (*integration.PATCHES, *integration.WORKER_PATCHES):
         assert all((one.why, one.upstream, one.remove_when)), one.target
 
 

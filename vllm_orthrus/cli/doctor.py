@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -103,15 +102,16 @@ def _patches(explain: bool) -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     yield Finding("ok", "platform", str(current_platform.device_name or current_platform.device_type))
-    from vllm_orthrus.integration import PATCHES, State, install
+    from vllm_orthrus.integration import PATCHES, WORKER_PATCHES, State, install
     from vllm_orthrus.integration.cpu import interpreter_enabled
+    from vllm_orthrus.integration.metrics import count_in_this_worker
 
     if interpreter_enabled():
         yield Finding("note", "kernels", "interpreted", "no CPU compiler for Triton here: exact, but slow")
     installed = install()
-    for patch in PATCHES:
-        if installed and patch.late:
-            import_module(patch.module)  # which applies it
+    if installed:
+        count_in_this_worker()
+    for patch in (*PATCHES, *WORKER_PATCHES):
         reasons = f"{patch.why} Goes when {patch.remove_when} ({patch.upstream})." if explain else ""
         if patch.state is State.REFUSED:
             yield Finding("RED", patch.state.value, f"{patch.target}: {patch.problem}", "this vLLM is not one of ours")

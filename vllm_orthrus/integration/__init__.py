@@ -6,7 +6,7 @@ from vllm_orthrus.integration import config, cpu, dispatch, metrics, models, sch
 from vllm_orthrus.integration.registry import Patch, State, apply_all
 from vllm_orthrus.integration.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
-__all__ = ["PATCHES", "SUPPORTED_VLLM", "Patch", "State", "install", "installed_vllm"]
+__all__ = ["PATCHES", "SUPPORTED_VLLM", "WORKER_PATCHES", "Patch", "State", "install", "installed_vllm"]
 
 PATCHES: list[Patch] = [
     *config.PATCHES,
@@ -15,6 +15,7 @@ PATCHES: list[Patch] = [
     *metrics.PATCHES,
     *cpu.PATCHES,
 ]
+WORKER_PATCHES = metrics.WORKER_PATCHES
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
 logger = logging.getLogger("vllm.orthrus")

@@ -15,8 +15,10 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if vllm_config.speculative_config.method != METHOD:
             return original(vllm_config, device, req_states)
+        from vllm_orthrus.integration.metrics import count_in_this_worker
         from vllm_orthrus.speculator import OrthrusSpeculator
 
+        count_in_this_worker()
         return OrthrusSpeculator(vllm_config, device)
 
     return init_speculator

@@ -3,13 +3,11 @@
 A patch says what it replaces and why, where upstream discusses it and when it
 can go. Installing is all or nothing: every applicable patch checks its target
 first, and one that does not recognise it stops the whole set, because half a
-plugin fails later and stranger than none. Late patches are the exception: they
-wait until vLLM imports their module, and nothing depends on them.
+plugin fails later and stranger than none.
 """
 
 import importlib
 import inspect
-import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +15,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
 from typing import Any, NamedTuple
-
-from vllm_orthrus.integration.on_import import when_imported
-
-logger = logging.getLogger("vllm.orthrus")
 
 Check = Callable[[Any], str | None]
 """Given the target, says what is wrong with it, or None."""
@@ -78,15 +72,8 @@ class Patch:
     also: Sequence[str] = ()
     """Where importers may hold the original by name; replaced if already imported."""
     applies: Callable[[], bool] = lambda: True
-    late: bool = False
-    """Wait until something imports the module, because not every vLLM process does. A target that is not recognised
-    then leaves out this patch alone, so the others must be able to do without it."""
     state: State = field(default=State.PENDING, init=False)
     problem: str | None = field(default=None, init=False)
-
-    @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
 
     def verify(self) -> bool:
         """Whether the target is what this patch was written against."""
@@ -116,23 +103,13 @@ class Patch:
                     holder.set(replacement)
         self.state = State.APPLIED
 
-    def apply_alone(self) -> None:
-        if self.verify():
-            self.apply()
-        else:
-            logger.warning("vllm-orthrus leaves %s as it is, %s: %s", self.target, self.problem, self.why)
-
 
 def apply_all(patches: Sequence[Patch]) -> list[Patch]:
-    """Apply all patches, the late ones as their modules come, or none and return the ones that were not recognised."""
-    early = [patch for patch in patches if not patch.late]
-    refused = [patch for patch in early if not patch.verify()]
+    """Apply all patches, or none and return those whose targets were not recognised."""
+    refused = [patch for patch in patches if not patch.verify()]
     if not refused:
-        for patch in early:
-            patch.apply()
         for patch in patches:
-            if patch.late and patch.state is State.PENDING:
-                when_imported(patch.module, patch.apply_alone)
+            patch.apply()
     return refused
 
 
