@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, GatherAttention
+from vllm_orthrus.attention import BlockAttention, CachedLayer, ForwardInputs, GatherAttention
 from vllm_orthrus.counting import LateCounts
+from vllm_orthrus.draft_rows import DraftRows
 from vllm_orthrus.graphs import BlockGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
@@ -43,7 +44,6 @@ from vllm_orthrus.integration.runner import (
     set_forward_context,
 )
 from vllm_orthrus.kernel_attention import KernelAttention, unreadable
-from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
 from vllm_orthrus.onepass import OnePass
 from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
@@ -56,17 +56,12 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.block = self.speculative_config.orthrus_block_size
-        self.mask_token_id = self.speculative_config.orthrus_mask_token_id
         self.num_query_per_req = self.block  # bounds vLLM's profile run
         num_reqs, drafts = self.max_num_reqs, self.num_speculative_steps
 
-        # What a captured draft pass reads and writes, at fixed addresses. Rows are compact: only requests that draft.
-        self.input_ids = torch.zeros(num_reqs, self.block, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(num_reqs, self.block, dtype=torch.int64, device=device)
-        self.prefix_lengths = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        self.slots = torch.full((num_reqs, drafts), -1, dtype=torch.int64, device=device)  # -1: sample nothing
+        # What a captured draft pass reads and writes, at fixed addresses.
+        self.rows = DraftRows(vllm_config, num_reqs, device)
         self.drafts = torch.zeros(num_reqs, drafts, dtype=torch.int64, device=device)
-        self.prefix_blocks: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
 
         self.one_pass: OnePass | None = None
         self.counted: LateCounts | None = None
@@ -79,7 +74,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.num_rejected = torch.zeros(num_reqs, dtype=torch.int64, device=device)
 
         self.every_row = torch.arange(num_reqs, device=device)
-        self.row_offsets = torch.arange(self.block, device=device)
         self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(num_reqs)
         self.attention: BlockAttention | None = None
         # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
@@ -126,7 +120,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         # Nothing here may hold on to a cache: it is bound later, and on GPUs twice.
         self.attn_groups: list[Any] = []
         self.block_tables = block_tables
-        self.prefix_blocks = [torch.zeros_like(table) for table in block_tables.input_block_tables]
         group_of = {
             name: group for group, spec in enumerate(kv_cache_config.kv_cache_groups) for name in spec.layer_names
         }
@@ -135,8 +128,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             for attn in self._target_attention()
         ]
         self.attention = self._choose_attention(layers, kv_cache_config)
-        tables = link_tables(block_tables.input_block_tables, self.prefix_blocks, block_tables.block_sizes)
-        self.block_rows = BlockRows(self.input_ids, self.positions, self.prefix_lengths, self.slots, tables)
+        self.rows.bind(block_tables, isinstance(self.attention, KernelAttention))
         if self.one_pass is not None:
             self._bind_one_pass(self.one_pass, layers)
 
@@ -194,10 +186,10 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     def capture(self) -> None:
         assert self.graphs is not None and self.attention is not None
         attention = self.attention
-        self._clear_rows(0)
+        self.rows.clear()
 
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            context = attention.begin(self._blocks(descriptor.num_reqs, self.max_model_len), capturing=True)
+            context = attention.begin(self.rows.blocks(descriptor.num_reqs, self.max_model_len), capturing=True)
             return lambda mode: self._draft(descriptor.num_reqs, attention, context)
 
         self.graphs.capture(prepare, "Capturing Orthrus drafts")
@@ -245,7 +237,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.temperature.copy_(temperature)
         self.seeds.copy_(seeds)
         if dummy_run:
-            self._clear_rows(0)
+            self.rows.clear()
             self._run(num_reqs, longest=0, eager=is_profile)
             self._finish(num_reqs, torch.ones(num_reqs, dtype=torch.bool, device=self.device))
             return drafts
@@ -254,7 +246,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         carried = self.one_pass is not None and self.one_pass.carried(input_batch)
         sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
         if carried and self.current[slots].all():
-            self._prepare_blocks(self.every_row[:num_reqs], input_batch, *sampled)
+            self.rows.prepare(self.every_row[:num_reqs], input_batch, *sampled)
             self._stage(num_reqs, num_sampled, num_rejected)
             self._run_outcome(input_batch.num_reqs_after_padding)
             drafts.copy_(self.drafts[:num_reqs])
@@ -266,7 +258,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if len(drafting) == 0:
             return drafts
         rows = async_tensor_h2d(drafting, self.device)  # [n], rows of the batch
-        self._prepare_blocks(rows, input_batch, *sampled)
+        self.rows.prepare(rows, input_batch, *sampled)
         longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self.draft_passes += len(drafting)
         self._run(len(drafting), longest, eager=False)
@@ -289,9 +281,9 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if self.one_pass is None:  # the pass has drafted already
             return False
         if self.one_pass.num_hypotheses(n) == 0:
-            self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.positions[:n])
+            self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.rows.positions[:n])
             return False
-        self.one_pass.state.begin(self.slots[:n, 0], self.one_pass.drafted[:n], new)
+        self.one_pass.state.begin(self.rows.slots[:n, 0], self.one_pass.drafted[:n], new)
         self._sample_and_guess(n)
         return True
 
@@ -318,22 +310,22 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         assert self.one_pass is not None
         rows = self.one_pass.views(n)
         self.one_pass.state.settle(
-            self.slots[:n, 0],
+            self.rows.slots[:n, 0],
             rows.blocks.prefix_lengths,
             rows.hidden.view(n, -1, self.block, rows.hidden.shape[1]),
             self.num_sampled[:n],
             self.num_rejected[:n],
-            self.input_ids[:n, 0],
+            self.rows.input_ids[:n, 0],
         )
         self._sample_and_guess(n)
 
     def _sample_and_guess(self, n: int) -> None:
         """Sample drafts from the blocks at hand, and choose hypotheses about what will become of them."""
         assert self.one_pass is not None
-        state, slot = self.one_pass.state, self.slots[:n, 0]
+        state, slot = self.one_pass.state, self.rows.slots[:n, 0]
         hidden = state.drafting(slot)  # [n, K + 1, hidden]
         logits = self.model.compute_logits(hidden.flatten(0, 1)).view(n, hidden.shape[1], -1)
-        anchor_position, anchor = self.positions[:n, 0], self.input_ids[:n, 0]
+        anchor_position, anchor = self.rows.positions[:n, 0], self.rows.input_ids[:n, 0]
         # A draw is keyed by the step as well as by its place: which block it came from depended on earlier draws.
         steps = (
             anchor_position[:, None] * (self.num_speculative_steps + 1)
@@ -347,58 +339,15 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
         return self.model.compute_logits(hidden_states) if self.logits is None else self.logits
 
-    def _prepare_blocks(
-        self,
-        rows: torch.Tensor,
-        batch: InputBatch,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
-        next_prefill_tokens: torch.Tensor,
-    ) -> None:
-        """Write `[anchor, MASK, ...]` at `p, p+1, ...` for each drafting request."""
-        if isinstance(self.attention, KernelAttention):
-            sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
-            state = BatchState(batch.idx_mapping, batch.query_start_loc, batch.positions, *sampled)
-            # A prefix of -1 tells the kernel that there is no such request.
-            prepare_blocks(rows, state, self.block_rows, self.mask_token_id, self.max_model_len, padding_length=-1)
-            return
-        n = len(rows)
-        slot = batch.idx_mapping[rows]  # [n]
-        # The anchor stands right behind the last token that verification kept.
-        last_kept = batch.query_start_loc[rows + 1] - num_rejected[rows] - 1
-        anchor_position = batch.positions[last_kept] + 1  # p, [n]
-        anchor = torch.where(num_sampled[rows] > 0, last_sampled[slot, 0], next_prefill_tokens[0, slot])
-
-        self.input_ids[:n] = self.mask_token_id
-        self.input_ids[:n, 0] = anchor
-        # A block may reach past the context limit; such drafts are never scheduled, but their rows need a position.
-        positions = (anchor_position[:, None] + self.row_offsets).clamp_(max=self.max_model_len - 1)
-        self.positions[:n] = positions
-        self.prefix_lengths[:n] = anchor_position
-        self.slots[:n] = slot[:, None]
-        for mine, theirs in zip(self.prefix_blocks, self.block_tables.input_block_tables, strict=True):
-            torch.index_select(theirs, 0, rows, out=mine[:n])
-        self._clear_rows(n)
-
-    def _clear_rows(self, first: int) -> None:
-        """Make the rows of a graph that no request fills see nothing and sample nothing."""
-        self.input_ids[first:] = 0
-        self.positions[first:] = 0
-        self.prefix_lengths[first:] = 0
-        self.slots[first:] = -1
-        for blocks in self.prefix_blocks:
-            blocks[first:] = 0
-
     def _run(self, num_reqs: int, longest: int, eager: bool) -> None:
         if self.attention is None:  # the profile run comes before there is a cache: blocks see only themselves
             cacheless = GatherAttention([CachedLayer(attn, 0, 1) for attn in self._target_attention()])
-            self._draft(num_reqs, cacheless, cacheless.begin(self._blocks(num_reqs, 0)))
+            self._draft(num_reqs, cacheless, cacheless.begin(self.rows.blocks(num_reqs, 0)))
             return
         if self.graphs is not None and not eager:
             graph = self.graphs.dispatch(num_reqs, num_reqs * self.block, self.block, num_active_loras=0)
             if graph.cg_mode == CUDAGraphMode.FULL:
-                self.attention.begin(self._blocks(graph.num_reqs, longest))
+                self.attention.begin(self.rows.blocks(graph.num_reqs, longest))
                 self.graphs.run_fullgraph(graph)
                 return
             if self.graphs.graphs:
@@ -408,11 +357,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
                     num_reqs,
                     max(descriptor.num_reqs for descriptor in self.graphs.graphs),
                 )
-        self._draft(num_reqs, self.attention, self.attention.begin(self._blocks(num_reqs, longest)))
-
-    def _blocks(self, num_reqs: int, longest: int) -> Blocks:
-        tables = [blocks[:num_reqs] for blocks in self.prefix_blocks]
-        return Blocks(self.positions[:num_reqs], self.prefix_lengths[:num_reqs, None], tables, longest)
+        self._draft(num_reqs, self.attention, self.attention.begin(self.rows.blocks(num_reqs, longest)))
 
     def _draft(self, num_reqs: int, attention: BlockAttention, context: ForwardInputs) -> None:
         """The draft pass itself, on buffers only: this is what a CUDA graph captures."""
@@ -423,20 +368,21 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             slot_mapping=context.slot_mapping,
         )
         with inputs, self.model.fused():
-            hidden = self.model(self.input_ids[:num_reqs].flatten(), self.positions[:num_reqs].flatten(), attention)
+            ids, positions = self.rows.input_ids[:num_reqs].flatten(), self.rows.positions[:num_reqs].flatten()
+            hidden = self.model(ids, positions, attention)
         hidden = hidden.view(num_reqs, self.block, -1)
         if self.one_pass is not None:
             self.one_pass.drafted[:num_reqs] = hidden
             return
         # A draw is keyed by the position of the row it comes from.
-        self._sample(num_reqs, hidden[:, : self.num_speculative_steps], self.positions[:num_reqs])
+        self._sample(num_reqs, hidden[:, : self.num_speculative_steps], self.rows.positions[:num_reqs])
 
     def _sample(self, num_reqs: int, hidden: torch.Tensor, keys: torch.Tensor) -> None:
         """Draw each request's drafts from its rows: hidden [num_reqs, K, hidden], keys [num_reqs, K or more]."""
         sampled = self.sample_draft(
             hidden.flatten(0, 1),
             keys[:, : self.num_speculative_steps].flatten(),
-            self.slots[:num_reqs].flatten(),
+            self.rows.slots[:num_reqs].flatten(),
             self.temperature,
             self.seeds,
             self.draft_columns[: num_reqs * self.num_speculative_steps],

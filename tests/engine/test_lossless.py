@@ -67,7 +67,7 @@ def test_seeds_reproduce(drafting: Engine) -> None:
 def test_fewer_rows_and_drafts_than_trained(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
     narrow = {"method": "orthrus", "model": str(tiny.block_head), "orthrus_block_size": 4, "num_speculative_tokens": 3}
     engine = start(narrow)
-    assert engine.runner.speculator.input_ids.shape[1] == 4
+    assert engine.runner.speculator.rows.input_ids.shape[1] == 4
     assert engine.run(prompts(4), 24).tokens == plain.run(prompts(4), 24).tokens
 
 

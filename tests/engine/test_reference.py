@@ -8,6 +8,7 @@ import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, Run, prompts
+from vllm_orthrus.draft_rows import DraftRows
 from vllm_orthrus.speculator import OrthrusSpeculator
 from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.view import DiffusionAttention
@@ -36,9 +37,9 @@ class Recorder:
         speculator = self.speculator
         rows = hidden.view(-1, speculator.block, hidden.shape[-1])
         for row, states in enumerate(rows):
-            request = by_slot.get(int(speculator.slots[row, 0]))
+            request = by_slot.get(int(speculator.rows.slots[row, 0]))
             if request is not None:
-                prefix, anchor = int(speculator.positions[row, 0]), int(speculator.input_ids[row, 0])
+                prefix, anchor = int(speculator.rows.positions[row, 0]), int(speculator.rows.input_ids[row, 0])
                 self.passes.append(DraftPass(request, prefix, anchor, states.clone()))
 
     def __enter__(self) -> "Recorder":
@@ -118,24 +119,24 @@ def test_tokens_per_cycle_equal_the_reference(drafting: Engine, reference: Refer
 
 def _prefix(by: int) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        prepare = OrthrusSpeculator._prepare_blocks
+        prepare = DraftRows.prepare
 
-        def faulty(self: OrthrusSpeculator, rows: torch.Tensor, *rest: Any) -> None:
+        def faulty(self: DraftRows, rows: torch.Tensor, *rest: Any) -> None:
             prepare(self, rows, *rest)
             self.prefix_lengths[: len(rows)] += by
 
-        patch.setattr(OrthrusSpeculator, "_prepare_blocks", faulty)
+        patch.setattr(DraftRows, "prepare", faulty)
 
     return plant
 
 
 def _rejections_ignored(patch: pytest.MonkeyPatch) -> None:
-    prepare = OrthrusSpeculator._prepare_blocks
+    prepare = DraftRows.prepare
 
-    def faulty(self: OrthrusSpeculator, rows: Any, batch: Any, sampled: Any, rejected: Any, *rest: Any) -> None:
+    def faulty(self: DraftRows, rows: Any, batch: Any, sampled: Any, rejected: Any, *rest: Any) -> None:
         prepare(self, rows, batch, sampled, torch.zeros_like(rejected), *rest)
 
-    patch.setattr(OrthrusSpeculator, "_prepare_blocks", faulty)
+    patch.setattr(DraftRows, "prepare", faulty)
 
 
 def _block_keys_zeroed(patch: pytest.MonkeyPatch) -> None:
