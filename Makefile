@@ -2,13 +2,14 @@
 # make serve    keep it served, on port 8000
 # make test     all tests, against both supported versions of vLLM
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
+# make engine-check    the same for the whole engine
 # make lint, unit, kernels, engine, engine-newer    parts of that
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 NEWER = $(VENV)/vllm-0.33
 
-.PHONY: demo serve test env lint unit kernels engine engine-newer gpu-check clean
+.PHONY: demo serve test env lint unit kernels engine engine-newer gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -43,6 +44,9 @@ engine-newer: env
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:
 	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu_check
+
+engine-check:
+	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.engine_check
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
