@@ -1,6 +1,9 @@
-"""CUDA graphs of draft passes."""
+"""CUDA graphs of draft passes, and of what takes up the outcome of a verification."""
 
-from vllm_orthrus.integration.runner import BatchExecutionDescriptor, CudaGraphManager, CUDAGraphMode
+import torch
+
+from vllm_orthrus.integration.runner import BatchExecutionDescriptor, CudaGraphManager, CUDAGraphMode, VllmConfig
+from vllm_orthrus.onepass import OnePass
 
 # A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it.
 MAX_GRAPH_ROWS = 2048
@@ -35,3 +38,25 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
             for num_tokens in range(smallest, descriptor.num_tokens + 1):
                 self._candidates[num_tokens, 0] = [descriptor]
             smallest = descriptor.num_tokens + 1
+
+
+class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
+    """One per number of requests for which a verification has a graph and carries hypotheses.
+
+    The numbers are vLLM's own, so that a batch is padded to the same one here as there.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, one_pass: OnePass) -> None:
+        self.one_pass = one_pass
+        super().__init__(vllm_config, device, mode, decode_query_len=one_pass.verified)
+
+    def _init_candidates(self) -> None:
+        super()._init_candidates()
+        for mode, descriptors in self._capture_descs.items():
+            self._capture_descs[mode] = [one for one in descriptors if self.one_pass.num_hypotheses(one.num_reqs)]
+
+    def find(self, num_reqs: int) -> BatchExecutionDescriptor | None:
+        """The graph for exactly so many requests: how many hypotheses each has depends on it."""
+        verified = self.one_pass.verified
+        graph = self.dispatch(num_reqs, num_reqs * verified, verified, num_active_loras=0)
+        return graph if graph in self.graphs and graph.num_reqs == num_reqs else None

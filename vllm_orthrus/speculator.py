@@ -24,13 +24,12 @@ from vllm.logger import init_logger
 from vllm_orthrus.attention import BlockAttention, CachedLayer, ForwardInputs, GatherAttention
 from vllm_orthrus.counting import LateCounts
 from vllm_orthrus.draft_rows import DraftRows
-from vllm_orthrus.graphs import BlockGraphs
+from vllm_orthrus.graphs import BlockGraphs, OutcomeGraphs
 from vllm_orthrus.heads import BaseShape, open_head
 from vllm_orthrus.hypothesis_state import HypothesisState
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     BlockTables,
-    CudaGraphManager,
     CUDAGraphMode,
     DraftModelSpeculator,
     InputBatch,
@@ -78,7 +77,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.attention: BlockAttention | None = None
         # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
         self.graphs: BlockGraphs | None = None
-        self.outcome_graphs: CudaGraphManager | None = None
+        self.outcome_graphs: OutcomeGraphs | None = None
 
     # Setting up, in the order in which vLLM calls
 
@@ -179,9 +178,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = BlockGraphs(self.vllm_config, self.device, mode, decode_query_len=self.block)
         if self.one_pass is not None:
-            # The same numbers of requests as the verification's own graphs, so that both pad a batch alike.
-            verified = self.num_speculative_steps + 1
-            self.outcome_graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=verified)
+            self.outcome_graphs = OutcomeGraphs(self.vllm_config, self.device, mode, self.one_pass)
 
     def capture(self) -> None:
         assert self.graphs is not None and self.attention is not None
@@ -198,7 +195,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if self.outcome_graphs is not None:
             self._capture_outcomes(self.outcome_graphs)
 
-    def _capture_outcomes(self, graphs: CudaGraphManager) -> None:
+    def _capture_outcomes(self, graphs: OutcomeGraphs) -> None:
         self.num_sampled.zero_()
 
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
@@ -293,14 +290,11 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             buffer[num_reqs:] = 0
 
     def _run_outcome(self, num_reqs: int) -> None:
-        if self.outcome_graphs is not None:
-            verified = self.num_speculative_steps + 1
-            graph = self.outcome_graphs.dispatch(num_reqs, num_reqs * verified, verified, num_active_loras=0)
-            # How many hypotheses each request has depends on how many requests there are: no other graph will do.
-            if graph.cg_mode == CUDAGraphMode.FULL and graph.num_reqs == num_reqs:
-                self.outcome_graphs.run_fullgraph(graph)
-                return
-        self._take_up(num_reqs)
+        graph = None if self.outcome_graphs is None else self.outcome_graphs.find(num_reqs)
+        if graph is None or self.outcome_graphs is None:
+            self._take_up(num_reqs)
+        else:
+            self.outcome_graphs.run_fullgraph(graph)
 
     def _take_up(self, n: int) -> None:
         """One pass: draft from rows of a block that this verification carried, or of the one before it.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-from vllm_orthrus.graphs import BlockGraphs
+from vllm_orthrus.graphs import BlockGraphs, OutcomeGraphs
 from vllm_orthrus.integration.runner import (
     BatchExecutionDescriptor,
     CudaGraphManager,
@@ -53,6 +53,14 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
 
 class DraftClosures(Closures, BlockGraphs):
     """Draft passes."""
+
+
+class OutcomeClosures(Closures, OutcomeGraphs):
+    """What takes up an outcome."""
+
+    def __init__(self, engine: Engine, max_num_reqs: int, capture_sizes: tuple[int, ...]) -> None:
+        self.one_pass = engine.runner.speculator.one_pass
+        super().__init__(max_num_reqs, self.one_pass.verified, capture_sizes)
 
 
 class ForwardClosures(Closures):

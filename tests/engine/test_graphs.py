@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.closures import Closures, DraftClosures, ForwardClosures
+from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosures
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus.graphs import MAX_GRAPH_ROWS
@@ -66,7 +66,7 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     start: StartEngine, tiny: Checkpoints, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass with everything replayed: the forward with its hypotheses, and what takes up their outcome."""
-    settings = {"num_speculative_tokens": 3, "orthrus_hypotheses": 2, "orthrus_attention": "kernel"}
+    settings = {"num_speculative_tokens": 3, "orthrus_hypotheses": 2, "orthrus_rows": 80, "orthrus_attention": "kernel"}
     engine = start(one_pass(tiny.block_head, **settings), max_num_batched_tokens=512)
     speculator = engine.runner.speculator
     state, given = speculator.one_pass.state, prompts(3, shortest=12)
@@ -93,9 +93,10 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     sizes = (4, 8, 16)  # 1, 2 or 4 requests
     forwards = ForwardClosures(engine, 8, sizes)
     forwards.install(monkeypatch)
-    outcomes = speculator.outcome_graphs = Closures(8, speculator.one_pass.verified, sizes)
+    outcomes = speculator.outcome_graphs = OutcomeClosures(engine, 8, (*sizes, 32))
     speculator.graphs = DraftClosures(8, speculator.block)
     speculator.capture()
+    assert sorted(graph.num_reqs for graph in outcomes.graphs) == [1, 2, 4], "8 requests have room for no hypothesis"
     assert run() == eager
     assert 4 in outcomes.replayed, "no replay had rows to spare"
     assert outcomes.replayed == forwards.replayed
