@@ -63,6 +63,19 @@ class OutcomeClosures(Closures, OutcomeGraphs):
         super().__init__(max_num_reqs, self.one_pass.verified, capture_sizes)
 
 
+class PiecewiseClosures(Closures):
+    """The target in graphs of single pieces, which are told apart by their number of tokens alone."""
+
+    use_breakable_cg = False
+
+    def dispatch(self, num_reqs: int, num_tokens: int, *rest: Any, **named: Any) -> BatchExecutionDescriptor:
+        return BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens, num_reqs=None)
+
+    def run_pw_graph(self, model: Any, inputs: dict[str, Any]) -> Any:
+        self.replayed.append(len(inputs["input_ids"]))
+        return model(**inputs)
+
+
 class ForwardClosures(Closures):
     """The target's forward, with hypotheses.
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosures
+from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosures, PiecewiseClosures
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus.graphs import MAX_GRAPH_ROWS
@@ -106,3 +106,30 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     astray = run()
     assert astray[0] == eager[0], "drafts never change the text"
     assert astray[1] != eager[1]
+
+
+def test_graphs_of_single_pieces_carry_no_hypotheses(
+    start: StartEngine, tiny: Checkpoints, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing breaks, whether or not the step before carried some."""
+    engine = start(one_pass(tiny.block_head), max_num_batched_tokens=512)
+    speculator, given = engine.runner.speculator, prompts(5, shortest=12)
+    with monkeypatch.context() as patch:
+        pieces = PiecewiseClosures(8, speculator.one_pass.verified)
+        patch.setattr(engine.runner, "cudagraph_manager", pieces)
+        run = engine.run(given, 20)
+        assert run.tokens == plain.run(given, 20).tokens
+        assert pieces.replayed
+        assert int(speculator.one_pass.state.counters[0]) == 0
+        assert speculator.draft_passes >= run.counts.steps
+
+    dispatch, steps = engine.runner.cudagraph_manager.dispatch, [0]
+
+    def in_turns(*arguments: Any, **named: Any) -> Any:
+        steps[0] += 1
+        return (pieces.dispatch if steps[0] % 3 else dispatch)(*arguments, **named)
+
+    monkeypatch.setattr(engine.runner.cudagraph_manager, "dispatch", in_turns)
+    monkeypatch.setattr(engine.runner.cudagraph_manager, "run_pw_graph", pieces.run_pw_graph)
+    assert engine.run(given, 20).tokens == run.tokens
+    assert int(speculator.one_pass.state.counters[0]) > 0
