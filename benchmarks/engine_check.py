@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import ROOT, environment
+from benchmarks.evidence import ROOT, Evidence, default_path
+from benchmarks.gpu_check import environment
 from vllm_orthrus.heads import HeadConfig, write_json
 
 TINY = ROOT / "examples" / "tiny-orthrus"
@@ -57,19 +58,11 @@ WAYS: dict[str, Speculative] = {
 
 
 @dataclass
-class Evidence:
-    path: Path
-    environment: dict[str, Any]
+class EngineEvidence(Evidence):
     correctness: dict[str, Any] = field(default_factory=dict)
     red: list[str] = field(default_factory=list)
     seconds_per_step: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-
-    def write(self) -> None:
-        content = asdict(self)
-        content.pop("path")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def run_engine(task: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def run_engine(task: dict[str, Any], timeout: float) -> dict[str, Any]:
     raise RuntimeError((done.stderr or done.stdout)[-2000:])
 
 
-def each_way(evidence: Evidence, deadline: float, what: str) -> Iterator[tuple[str, Speculative, float]]:
+def each_way(evidence: EngineEvidence, deadline: float, what: str) -> Iterator[tuple[str, Speculative, float]]:
     for way, speculative in WAYS.items():
         left = deadline - time.monotonic()
         if left < 30:
@@ -92,7 +85,7 @@ def each_way(evidence: Evidence, deadline: float, what: str) -> Iterator[tuple[s
         yield way, speculative, left
 
 
-def check(evidence: Evidence, deadline: float, per_class: int, length: int) -> bool:
+def check(evidence: EngineEvidence, deadline: float, per_class: int, length: int) -> bool:
     """Whether all ways say the same, and draft as well as the head can."""
     from transformers import AutoTokenizer
 
@@ -144,7 +137,7 @@ def drafting(head: Path, speculative: dict[str, Any]) -> dict[str, Any]:
     return {"method": "orthrus", "model": str(head), **speculative}
 
 
-def measure(evidence: Evidence, deadline: float, shape: dict[str, Any], points: list[tuple[int, int]]) -> None:
+def measure(evidence: EngineEvidence, deadline: float, shape: dict[str, Any], points: list[tuple[int, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base, head = Path(folder) / "base", Path(folder) / "head"
         block = HeadConfig.for_base(shape, BLOCK, mask_token_id=shape["vocab_size"] - 1, name=None)
@@ -192,8 +185,7 @@ def main() -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes
     facts = environment()
-    name = "".join(letter if letter.isalnum() else "-" for letter in facts["gpu"])
-    evidence = Evidence(options.out or ROOT / "benchmarks" / "evidence" / f"engine_check-{name}.json", facts)
+    evidence = EngineEvidence(options.out or default_path("engine_check", facts["gpu"]), facts)
     right = check(evidence, deadline, options.per_class, options.length)
     if right:
         measure(evidence, deadline, QWEN3_8B, POINTS)

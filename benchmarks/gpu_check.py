@@ -12,12 +12,11 @@ L2 cache: as in an engine, where every layer has a cache of its own. Exit status
 
 import argparse
 import itertools
-import json
 import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import LAYOUTS, Case, check
+from benchmarks.evidence import ROOT, Evidence, default_path
 from vllm_orthrus.kernels.dual_view_attention import PagedCache, dual_view_attention, make_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda"
 HALF = torch.bfloat16
 PAGE = 16
@@ -84,23 +83,13 @@ def correctness_cases() -> list[Case]:
 
 
 @dataclass
-class Evidence:
-    """Everything that was found, written out after every step."""
-
-    path: Path
-    environment: dict[str, Any]
+class KernelEvidence(Evidence):
     correctness: list[dict[str, Any]] = field(default_factory=list)
     copy_bytes_per_second: float = 0.0
     speed: list[dict[str, Any]] = field(default_factory=list)
     not_compared: dict[str, str] = field(default_factory=dict)
     targets: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
-
-    def write(self) -> None:
-        content = asdict(self)
-        content.pop("path")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:
@@ -131,7 +120,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_correctness(evidence: Evidence) -> bool:
+def run_correctness(evidence: KernelEvidence) -> bool:
     red = 0
     for case in correctness_cases():
         try:
@@ -342,7 +331,7 @@ NAMES = {
 COLUMNS = "{:<16} {:>7} {:>4} {:>5} {:>9} {:>9} {:>6} {:>7}"
 
 
-def run_speed(evidence: Evidence, deadline: float) -> None:
+def run_speed(evidence: KernelEvidence, deadline: float) -> None:
     evidence.copy_bytes_per_second = copy_bandwidth()
     print(f"copy: {evidence.copy_bytes_per_second / 1e12:.2f} TB/s read and written\n")
     print("microseconds per launch; floor: the bytes that must move, at the speed of the copy")
@@ -404,7 +393,7 @@ def run_speed(evidence: Evidence, deadline: float) -> None:
         torch.cuda.empty_cache()
 
 
-def judge_targets(evidence: Evidence) -> None:
+def judge_targets(evidence: KernelEvidence) -> None:
     def lowest(requests: int) -> float | None:
         shares = [
             entry["of_copy_bandwidth"]
@@ -446,8 +435,7 @@ def main() -> int:
         print("gpu-check needs a GPU that this PyTorch can use, and found none; nothing was checked or measured.")
         return 2
     facts = environment()
-    name = "".join(letter if letter.isalnum() else "-" for letter in facts["gpu"])
-    evidence = Evidence(options.out or ROOT / "benchmarks" / "evidence" / f"gpu_check-{name}.json", facts)
+    evidence = KernelEvidence(options.out or default_path("gpu_check", facts["gpu"]), facts)
     print(f"{facts['gpu']}, torch {facts['torch']}, triton {facts['triton']}", flush=True)
     if not run_correctness(evidence):
         print("The kernels are wrong on this GPU, so their speed means nothing and is not measured.")

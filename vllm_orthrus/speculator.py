@@ -236,7 +236,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if dummy_run:
             self.rows.clear()
             self._run(num_reqs, longest=0, eager=is_profile)
-            self._finish(num_reqs, torch.ones(num_reqs, dtype=torch.bool, device=self.device))
+            self._finish(num_reqs, np.ones(num_reqs, dtype=bool))
             return drafts
 
         slots = input_batch.idx_mapping_np[:num_reqs]
@@ -260,7 +260,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.draft_passes += len(drafting)
         self._run(len(drafting), longest, eager=False)
         reading = input_batch.num_computed_tokens_np[drafting] < input_batch.prefill_len_np[drafting]
-        self.current[slots[drafting]] = self._finish(len(drafting), async_tensor_h2d(reading, self.device))
+        self.current[slots[drafting]] = self._finish(len(drafting), reading)
         drafts[rows] = self.drafts[: len(drafting)]
         return drafts
 
@@ -270,7 +270,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             return None
         return {**self.counted.read(), "draft_passes": self.draft_passes}
 
-    def _finish(self, n: int, new: torch.Tensor) -> bool:
+    def _finish(self, n: int, new: np.ndarray[Any, Any]) -> bool:
         """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one.
 
         new [n]: requests whose prompt ends in this very step.
@@ -280,7 +280,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         if self.one_pass.num_hypotheses(n) == 0:
             self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.rows.positions[:n])
             return False
-        self.one_pass.state.begin(self.rows.slots[:n, 0], self.one_pass.drafted[:n], new)
+        first = async_tensor_h2d(new, self.device)
+        self.one_pass.state.begin(self.rows.slots[:n, 0], self.one_pass.drafted[:n], first)
         self._sample_and_guess(n)
         return True
 
@@ -290,11 +291,11 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             buffer[num_reqs:] = 0
 
     def _run_outcome(self, num_reqs: int) -> None:
-        graph = None if self.outcome_graphs is None else self.outcome_graphs.find(num_reqs)
-        if graph is None or self.outcome_graphs is None:
-            self._take_up(num_reqs)
+        graphs = self.outcome_graphs
+        if graphs is not None and (graph := graphs.find(num_reqs)) is not None:
+            graphs.run_fullgraph(graph)
         else:
-            self.outcome_graphs.run_fullgraph(graph)
+            self._take_up(num_reqs)
 
     def _take_up(self, n: int) -> None:
         """One pass: draft from rows of a block that this verification carried, or of the one before it.

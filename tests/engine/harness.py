@@ -113,3 +113,21 @@ class Engine:
 def prompts(count: int, shortest: int = 5) -> list[list[int]]:
     """Prompts of different lengths that share nothing."""
     return [[(7 * i * j + 3 * j + 11 * i) % 250 for j in range(shortest + 3 * i)] for i in range(count)]
+
+
+# An engine this small reads prompts in pieces, and has to stop requests and start them again.
+UNDER_PRESSURE: dict[str, Any] = {
+    "max_num_batched_tokens": 128,
+    "enable_prefix_caching": True,
+    "num_gpu_blocks_override": 18,
+}
+
+
+def says_the_same_under_pressure(engine: Engine, plain: Engine) -> None:
+    """Chunked prefill, preemption and prefix hits, with UNDER_PRESSURE."""
+    shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
+    expected = plain.run(shared, 60).tokens
+    first, again = engine.run(shared, 60), engine.run(shared, 60)
+    assert first.tokens == again.tokens == expected
+    assert first.preemptions + again.preemptions > 0
+    assert again.cached_tokens > 0

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from benchmarks import engine_check
-from benchmarks.engine_check import Evidence
+from benchmarks.engine_check import EngineEvidence
 from tests.engine.conftest import THOROUGH
 
 ON_A_CPU = {"max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
 
 
 @pytest.fixture
-def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineEvidence:
     run_engine = engine_check.run_engine
 
     def run(task: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -24,11 +24,11 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
     monkeypatch.setattr(engine_check, "run_engine", run)
     ways = {way: engine_check.WAYS[way] for way in ("plain", "one pass")}
     monkeypatch.setattr(engine_check, "WAYS", ways)
-    return Evidence(tmp_path / "evidence.json", {})
+    return EngineEvidence(tmp_path / "evidence.json", {})
 
 
 @pytest.mark.skipif(not THOROUGH, reason="four engines of their own; ORTHRUS_TEST_ALL_PROMPTS=1 starts them")
-def test_right_first_and_then_timed(evidence: Evidence, capsys: pytest.CaptureFixture[str]) -> None:
+def test_right_first_and_then_timed(evidence: EngineEvidence, capsys: pytest.CaptureFixture[str]) -> None:
     assert engine_check.check(evidence, time.monotonic() + 500, per_class=1, length=24), evidence.red
     tiny = json.loads((engine_check.TINY / "base" / "config.json").read_text())
     engine_check.measure(evidence, time.monotonic() + 500, tiny, [(1, 32), (2, 40)])
@@ -59,7 +59,7 @@ def test_what_turns_it_red(changes: dict[str, int], text: list[int], problem: st
     assert all(problem is not None and problem in line for line in found)
 
 
-def test_an_engine_that_fails_is_reported(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_fails_is_reported(evidence: EngineEvidence, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(task: dict[str, Any], timeout: float) -> dict[str, Any]:
         raise RuntimeError("no such device")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
-from tests.engine.harness import Engine, prompts
+from tests.engine.harness import UNDER_PRESSURE, Engine, prompts, says_the_same_under_pressure
 from vllm_orthrus import hypothesis_state
 from vllm_orthrus.attention import Blocks, CachedLayer, GatherAttention
 from vllm_orthrus.kernels.hypotheses import Hypotheses
@@ -87,16 +87,9 @@ def test_chunked_prefill_preemption_and_prefix_hits(
 ) -> None:
     engine = start(
         one_pass(tiny.block_head, orthrus_rows=4096, orthrus_block_size=5, orthrus_hypotheses=2),
-        max_num_batched_tokens=128,
-        enable_prefix_caching=True,
-        num_gpu_blocks_override=18,
+        **UNDER_PRESSURE,
     )
-    shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
-    expected = plain.run(shared, 60).tokens
-    first, again = engine.run(shared, 60), engine.run(shared, 60)
-    assert first.tokens == again.tokens == expected
-    assert first.preemptions + again.preemptions > 0
-    assert again.cached_tokens > 0
+    says_the_same_under_pressure(engine, plain)
     assert comparer.blocks > 50
     assert comparer.worst <= 1e-5
 
