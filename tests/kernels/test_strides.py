@@ -1,0 +1,199 @@
+"""What an engine passes to a launch are views of buffers. A view gives what a copy gives, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_orthrus.kernels import most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification, dual_view_attention
+from vllm_orthrus.kernels.hypotheses_device import launch_choose, launch_match
+
+Tensors = dict[str, Tensor]
+Launch = Callable[[Tensors], Any]
+
+REQS, DRAFTS, RANKS, COUNT, VOCABULARY = 3, 5, 4, 6, 40
+
+
+def _choose() -> tuple[Tensors, Launch]:
+    gen = torch.Generator().manual_seed(1)
+    chances = torch.rand(REQS, DRAFTS + 1, generator=gen)
+    given = {
+        "outcome": chances / chances.sum(1, keepdim=True),
+        "bonus": torch.rand(REQS, DRAFTS + 1, RANKS, generator=gen) / RANKS,
+        "candidates": torch.randint(50, 90, (REQS, DRAFTS + 1, RANKS), generator=gen),
+        "drafts": torch.randint(0, 50, (REQS, DRAFTS), generator=gen),
+        "anchors": torch.tensor([11, 22, 33]),
+        "offset": torch.tensor([0, 2, 1]),
+        "values": 0.9 ** torch.arange(DRAFTS + 2),
+        "accepted": torch.full((REQS, COUNT), -7),
+        "token": torch.full((REQS, COUNT), -7),
+    }
+    return given, lambda t: launch_choose(*t.values())
+
+
+def _match() -> tuple[Tensors, Launch]:
+    given = {
+        "accepted": torch.tensor([[-1, 0, 1], [2, -2, 0], [1, -1, 3]]),
+        "token": torch.tensor([[11, 7, 8], [5, 0, 6], [4, 33, 9]]),
+        "drafts": torch.tensor([[7, 8, 9], [1, 2, 3], [3, 4, 5]]),
+        "num_sampled": torch.tensor([2, 3, 0]),
+        "last_sampled": torch.tensor([8, 5, 9]),
+        "offset": torch.tensor([1, 2, 3]),
+        "index": torch.full((REQS,), -7),
+        "behind": torch.full((REQS,), -7),
+    }
+    return given, lambda t: launch_match(*t.values())
+
+
+def _likeliest() -> tuple[Tensors, Launch]:
+    gen = torch.Generator().manual_seed(2)
+    given = {
+        "logits": torch.randn(REQS, DRAFTS + 1, VOCABULARY, generator=gen),
+        "drafts": torch.randint(0, VOCABULARY, (REQS, DRAFTS), generator=gen),
+        "temperature": torch.tensor([0.0, 0.7, 1.5]),
+    }
+    return given, lambda t: list(most_probable.launch(*t.values(), count=3, stretch=16))
+
+
+def _hypotheses() -> tuple[Tensors, Launch]:
+    block, count = 4, 3
+    given = {
+        "anchor_position": torch.tensor([20, 10, 30, 0]),
+        "accepted": torch.tensor([[-1, 0, 1, 2], [0, 1, -2, 2], [2, 0, -1, 1], [0, 0, 0, 0]]),
+        "token": torch.arange(16).view(4, 4),
+        "idx_mapping": torch.tensor([1, 0, 2]),
+        "query_start_loc": torch.tensor([0, 3, 6, 9], dtype=torch.int32),
+        "positions": torch.tensor([10, 11, 12, 20, 21, 22, 30, 31, 32]),
+        "input_ids": torch.full((REQS, count, block), -7),
+        "places": torch.full((REQS, count, block), -7),
+        "prefix_lengths": torch.full((REQS, count), -7, dtype=torch.int32),
+    }
+
+    def launch(t: Tensors) -> None:
+        parts = list(t.values())
+        prepare_hypotheses.launch(
+            REQS,
+            prepare_hypotheses.Remembered(*parts[:3]),
+            prepare_hypotheses.Verified(*parts[3:6]),
+            prepare_hypotheses.HypothesisBlocks(*parts[6:]),
+            99,
+            100,
+        )
+
+    return given, launch
+
+
+def _blocks() -> tuple[Tensors, Launch]:
+    block, capacity = 4, 4
+    given = {
+        "drafting": torch.tensor([2, 0]),
+        "idx_mapping": torch.tensor([1, 3, 0]),
+        "query_start_loc": torch.tensor([0, 3, 6, 9], dtype=torch.int32),
+        "positions": torch.tensor([10, 11, 12, 20, 21, 22, 30, 31, 32]),
+        "num_sampled": torch.tensor([2, 3, 0]),
+        "num_rejected": torch.tensor([1, 0, 0]),
+        "last_sampled": torch.tensor([[70], [71], [72], [73]]),
+        "next_prefill_tokens": torch.tensor([[80, 81, 82, 83]], dtype=torch.int32),
+        "input_ids": torch.full((capacity, block), -7),
+        "places": torch.full((capacity, block), -7),
+        "prefix_lengths": torch.full((capacity,), -7, dtype=torch.int32),
+        "slots": torch.full((capacity, 3), -7),
+        "source": torch.arange(1, 37, dtype=torch.int32).view(3, 12),
+        "target": torch.zeros(capacity, 12, dtype=torch.int32),
+    }
+
+    def launch(t: Tensors) -> None:
+        parts = list(t.values())
+        tables = prepare_block.link_tables([t["source"]], [t["target"]], [8])
+        rows = prepare_block.BlockRows(*parts[8:12], tables)
+        prepare_block.prepare_blocks(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
+
+    return given, launch
+
+
+def _attention() -> tuple[Tensors, Launch]:
+    gen = torch.Generator().manual_seed(3)
+    heads, kv_heads, dim, page, pages, block, verified = 4, 2, 16, 4, 12, 3, 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=gen)
+
+    given = {
+        "q": random(2 * block, heads, dim),
+        "k": random(2 * block, kv_heads, dim),
+        "v": random(2 * block, kv_heads, dim),
+        "keys": random(pages, kv_heads, page, dim),
+        "values": random(pages, kv_heads, page, dim),
+        "table": torch.tensor([[3, 1, 5], [2, 7, 4]], dtype=torch.int32),
+        "k_scale": torch.tensor([0.5, 2.0]),
+        "v_scale": torch.tensor([3.0, 0.25]),
+        "prefix_lengths": torch.tensor([[7], [11]], dtype=torch.int32),
+        "out": torch.zeros(2 * block, heads, dim),
+        "verify_q": random(2 * verified, heads, dim),
+        "verify_lengths": torch.tensor([8, 9, 11, 12], dtype=torch.int32),
+        "verify_out": torch.zeros(2 * verified, heads, dim),
+        "verify_starts": torch.tensor([0, 2, 4], dtype=torch.int32),
+    }
+
+    def launch(t: Tensors) -> None:
+        cache = PagedCache(t["keys"], t["values"], t["table"], page, t["k_scale"], t["v_scale"])
+        rows = Verification(t["verify_q"], t["verify_lengths"], verified, t["verify_out"], t["verify_starts"])
+        dual_view_attention(t["q"], t["k"], t["v"], cache, t["prefix_lengths"], 0.25, out=t["out"], verification=rows)
+
+    return given, launch
+
+
+CASES = {
+    "choose": _choose,
+    "match": _match,
+    "likeliest": _likeliest,
+    "hypotheses": _hypotheses,
+    "blocks": _blocks,
+    "attention": _attention,
+}
+
+
+def every_argument() -> Iterator[tuple[str, str, int]]:
+    for case, make in CASES.items():
+        for name, tensor in make()[0].items():
+            yield from ((case, name, dimension) for dimension in range(tensor.dim()))
+
+
+def spread(tensor: Tensor, dimension: int) -> Tensor:
+    """The same values as every third of a larger tensor along one dimension; what lies between is not for anybody."""
+    size = list(tensor.shape)
+    size[dimension] *= 3
+    between = float("nan") if tensor.is_floating_point() else 0  # an index that leads nowhere would crash
+    room = torch.full(size, between, dtype=tensor.dtype)
+    view = room[tuple(slice(None, None, 3) if d == dimension else slice(None) for d in range(tensor.dim()))]
+    return view.copy_(tensor)
+
+
+def outcome(case: str, changed: Callable[[str, Tensor], Tensor]) -> tuple[Any, Tensors]:
+    given, launch = CASES[case]()
+    given = {name: changed(name, tensor) for name, tensor in given.items()}
+    return launch(given), given
+
+
+@pytest.mark.parametrize(("case", "name", "dimension"), every_argument())
+def test_a_view_gives_what_a_copy_gives(case: str, name: str, dimension: int) -> None:
+    expected = outcome(case, lambda _, tensor: tensor)
+    try:
+        found = outcome(case, lambda at, tensor: spread(tensor, dimension) if at == name else tensor)
+    except ValueError as refusal:
+        assert "contiguous" in str(refusal)
+        return
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_the_views_that_the_engine_passes_are_taken() -> None:
+    """First columns of the buffers that hold the blocks' rows."""
+    for case, names in {"choose": ("anchors",), "match": ("last_sampled",)}.items():
+        expected = outcome(case, lambda _, tensor: tensor)
+        found = outcome(case, lambda at, tensor, names=names: spread(tensor, 0) if at in names else tensor)
+        torch.testing.assert_close(found, expected)
