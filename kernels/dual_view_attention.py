@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vllm_orthrus.kernels import dual_view_device as device
 from vllm_orthrus.kernels.dual_view_plan import Plan, Tiles, make_plan, workspace_size
+from vllm_orthrus.kernels.packed import require_packed
 
 __all__ = ["PagedCache", "Plan", "Tiles", "Verification", "dual_view_attention", "make_plan", "naive", "workspace_size"]
 
@@ -72,8 +73,11 @@ def dual_view_attention(
     num_rows, q_heads, head_dim = q.shape
     kv_heads, page = cache.keys.shape[1:3]
     width = num_rows // (num_reqs * blocks)
-    check_inputs(q, k, v, cache, num_reqs * blocks, verification)
     out = torch.empty_like(q) if out is None else out
+    check_inputs(q, k, v, cache, num_reqs * blocks, verification)
+    require_packed(out=out, k_scale=cache.k_scale, v_scale=cache.v_scale)
+    if verification:
+        require_packed(lengths=verification.lengths, starts=verification.starts, verify_out=verification.out)
     verify_width = verification.width if verification else 0
     rows_per_request = verify_width + blocks * width
     if plan is None:

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_orthrus.kernels.forms import runs_triton
+
 NONE = -2  # in Hypotheses.accepted: no block
 
 
@@ -50,19 +52,17 @@ def choose_hypotheses(
     values: Tensor,
     count: int,
 ) -> Hypotheses:
-    """The `count` hypotheses of each request. One launch, or the twin on a CPU; arguments as for `choose_naive`."""
-    if drafts.device.type == "cpu":
-        return choose_naive(outcome, bonus, candidates, drafts, anchors, offset, values, count)
-    return choose_device(outcome, bonus, candidates, drafts, anchors, offset, values, count)
+    """The `count` hypotheses of each request. One launch, or the twin; arguments as for `choose_naive`."""
+    choose = choose_device if runs_triton(drafts.device) else choose_naive
+    return choose(outcome, bonus, candidates, drafts, anchors, offset, values, count)
 
 
 def match_outcome(
     hypotheses: Hypotheses, drafts: Tensor, num_sampled: Tensor, last_sampled: Tensor, offset: Tensor
 ) -> Match:
-    """What an outcome has made useful. One launch, or the twin on a CPU; arguments as for `match_naive`."""
-    if drafts.device.type == "cpu":
-        return match_naive(hypotheses, drafts, num_sampled, last_sampled, offset)
-    return match_device(hypotheses, drafts, num_sampled, last_sampled, offset)
+    """What an outcome has made useful. One launch, or the twin; arguments as for `match_naive`."""
+    match = match_device if runs_triton(drafts.device) else match_naive
+    return match(hypotheses, drafts, num_sampled, last_sampled, offset)
 
 
 def choose_device(

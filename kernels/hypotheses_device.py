@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels.packed import require_packed
+
 
 def launch_choose(
     outcome: Tensor,
@@ -26,6 +28,7 @@ def launch_choose(
     reqs, places, ranks = bonus.shape
     if reqs == 0:
         return
+    require_packed(drafts=drafts, offset=offset, values=values, accepted=out_accepted, token=out_token)
     _choose[(reqs,)](
         outcome.contiguous(),
         bonus.contiguous(),
@@ -33,6 +36,7 @@ def launch_choose(
         drafts,
         drafts.stride(0),
         anchors,
+        anchors.stride(0),
         offset,
         values,
         out_accepted,
@@ -62,6 +66,8 @@ def launch_match(
     reqs, count = accepted.shape
     if reqs == 0:
         return
+    require_packed(accepted=accepted, token=token, drafts=drafts, num_sampled=num_sampled, offset=offset)
+    require_packed(out_index=out_index, out_offset=out_offset)
     _match[(reqs,)](
         accepted,
         accepted.stride(0),
@@ -95,6 +101,7 @@ def _choose(
     drafts,
     drafts_stride,
     anchors,
+    anchors_stride,
     offset,
     values,
     out_accepted,
@@ -125,7 +132,7 @@ def _choose(
     at_hand = tl.load(offset + req).to(tl.int32) + 1 + a
     tail = tl.load(values + tl.minimum(tl.maximum(at_hand, 0), VALUES - 1))  # [A] V of the newest usable block
     exact_value = tl.load(values)
-    anchor = tl.load(anchors + req)
+    anchor = tl.load(anchors + req * anchors_stride)
 
     for slot in range(COUNT):
         better = tl.maximum(anchored - tail[None, :], 0.0)

@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels.forms import runs_triton
+from vllm_orthrus.kernels.packed import require_packed
+
 STRETCH = 4096  # of the vocabulary, per program
 
 
@@ -28,10 +31,9 @@ class Probable(NamedTuple):
 
 
 def most_probable(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
-    """logits [R, K+1, V]; drafts [R, K]; temperature [R]. Two launches, or the twin on a CPU."""
-    if logits.device.type == "cpu":
-        return naive(logits, drafts, temperature, count)
-    return launch(logits, drafts, temperature, count)
+    """logits [R, K+1, V]; drafts [R, K]; temperature [R]. Two launches, or the twin."""
+    form = launch if runs_triton(logits.device) else naive
+    return form(logits, drafts, temperature, count)
 
 
 def naive(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
@@ -47,9 +49,13 @@ def from_probabilities(probabilities: Tensor, drafts: Tensor, count: int) -> Pro
 
 def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stretch: int = STRETCH) -> Probable:
     reqs, places, vocabulary = logits.shape
+    require_packed(logits=logits, drafts=drafts, temperature=temperature)
     count = min(count, vocabulary)
     stretches = triton.cdiv(vocabulary, stretch)
-    rows, device = logits.view(reqs * places, vocabulary), logits.device
+    rows, device = (
+        logits.flatten(0, 1),
+        logits.device,
+    )  # [R * (K+1), V]; rows may lie apart, as a padded vocabulary's do
     largest, sums = (torch.empty(len(rows), stretches, dtype=torch.float32, device=device) for _ in range(2))
     values = torch.empty(len(rows), stretches, count, dtype=torch.float32, device=device)
     found = torch.empty(len(rows), stretches, count, dtype=torch.int32, device=device)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels.packed import require_packed
+
 
 class BatchState(NamedTuple):
     """What vLLM leaves on the device once a batch has been sampled."""
@@ -50,6 +52,8 @@ class BlockRows(NamedTuple):
 
 
 def link_tables(sources: list[Tensor], targets: list[Tensor], block_sizes: list[int]) -> BlockTables:
+    for source, target in zip(sources, targets, strict=True):
+        require_packed(source=source, target=target)
     addresses = [
         (source.data_ptr(), source.stride(0), target.data_ptr(), target.stride(0), size)
         for source, target, size in zip(sources, targets, block_sizes, strict=True)
@@ -76,6 +80,8 @@ def prepare_blocks(
     num_rows = capacity if num_rows is None else num_rows
     if not len(drafting) <= num_rows <= capacity:
         raise ValueError(f"{len(drafting)} requests into {num_rows} of {capacity} rows")
+    require_packed(drafting=drafting, **batch._asdict())
+    require_packed(out_ids=out.input_ids, out_positions=out.positions, out_lengths=out.prefix_lengths, slots=out.slots)
     groups = len(out.tables.sources)
     _prepare[(num_rows, 1 + groups)](
         drafting,

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels.forms import runs_triton
 from vllm_orthrus.kernels.hypotheses import NONE
+from vllm_orthrus.kernels.packed import require_contiguous, require_packed
 
 
 class Remembered(NamedTuple):
@@ -52,11 +54,9 @@ def prepare_hypotheses(
     mask_token: int,
     max_model_len: int,
 ) -> None:
-    """Fill all rows of `out`; requests beyond the first `num_reqs` have no blocks. One launch, or the twin on a CPU."""
-    if out.input_ids.device.type == "cpu":
-        naive(num_reqs, remembered, batch, out, mask_token, max_model_len)
-    else:
-        launch(num_reqs, remembered, batch, out, mask_token, max_model_len)
+    """Fill all rows of `out`; requests beyond the first `num_reqs` have no blocks. One launch, or the twin."""
+    form = launch if runs_triton(out.input_ids.device) else naive
+    form(num_reqs, remembered, batch, out, mask_token, max_model_len)
 
 
 def launch(
@@ -68,6 +68,8 @@ def launch(
     max_model_len: int,
 ) -> None:
     capacity, count, width = out.input_ids.shape
+    require_packed(**batch._asdict())
+    require_contiguous(**remembered._asdict(), **out._asdict())
     _prepare[(capacity,)](
         num_reqs,
         remembered.anchor_position,

@@ -1,0 +1,22 @@
+"""Which form of a kernel runs: Triton's, or its twin in PyTorch."""
+
+import os
+from typing import Literal, cast
+
+import torch
+
+SETTING = "VLLM_ORTHRUS_KERNELS"
+Form = Literal["auto", "triton", "torch"]
+
+
+def wanted_form() -> Form:
+    """ "auto": Triton where it compiles, twins on CPUs. "triton" on a CPU means interpreted: exact, and slow."""
+    form = os.environ.get(SETTING, "auto")
+    if form not in ("auto", "triton", "torch"):
+        raise ValueError(f"{SETTING}={form} is not one of 'auto', 'triton' and 'torch'. Unset it, or give one of them.")
+    return cast(Form, form)
+
+
+def runs_triton(device: torch.device) -> bool:
+    form = wanted_form()
+    return device.type != "cpu" if form == "auto" else form == "triton"
