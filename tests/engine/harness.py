@@ -71,7 +71,10 @@ class Engine:
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             generator = torch.Generator().manual_seed(0)
             for cache in self.runner.kv_caches:
-                cache.normal_(std=3.0, generator=generator)
+                if cache.dtype == torch.uint8:
+                    cache.random_(0, 100, generator=generator)  # finite in every fp8 format
+                else:
+                    cache.normal_(std=3.0, generator=generator)
 
     def _count(self, stats: SpecDecodingStats) -> None:
         step = Counts(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
