@@ -28,9 +28,7 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
         self.compilation_config = SimpleNamespace(
             cudagraph_capture_sizes=list(capture_sizes), max_cudagraph_capture_size=max(capture_sizes)
         )
-        self.vllm_config = SimpleNamespace(
-            scheduler_config=SimpleNamespace(max_num_active_seqs=None), speculative_config=None
-        )
+        self.vllm_config = SimpleNamespace(speculative_config=None)
         self.max_num_reqs, self.decode_query_len = max_num_reqs, rows_per_request
         self.varlen_decode, self.lora_capture_cases, self.ubatch_runner = False, [0], None
         self._lora_dispatch_map: dict[int, int] = {}
@@ -54,13 +52,17 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
 class DraftClosures(Closures, BlockGraphs):
     """Draft passes."""
 
+    def __init__(self, largest: int, block: int) -> None:
+        self.largest = largest
+        super().__init__(largest, block)
+
 
 class OutcomeClosures(Closures, OutcomeGraphs):
     """What takes up an outcome."""
 
     def __init__(self, engine: Engine, max_num_reqs: int, capture_sizes: tuple[int, ...]) -> None:
-        self.one_pass = engine.runner.speculator.one_pass
-        super().__init__(max_num_reqs, self.one_pass.verified, capture_sizes)
+        self.shape = engine.runner.speculator.shape
+        super().__init__(max_num_reqs, self.shape.verified, capture_sizes)
 
 
 class PiecewiseClosures(Closures):
@@ -86,7 +88,7 @@ class ForwardClosures(Closures):
     def __init__(self, engine: Engine, max_num_reqs: int, capture_sizes: tuple[int, ...]) -> None:
         self.runner = engine.runner
         self.one = self.runner.speculator.one_pass
-        super().__init__(max_num_reqs, self.one.verified, capture_sizes)
+        super().__init__(max_num_reqs, self.one.shape.verified, capture_sizes)
         self.use_breakable_cg = False
         self.hidden = torch.zeros(max(capture_sizes), self.one.hidden.shape[1])
 
@@ -104,11 +106,12 @@ class ForwardClosures(Closures):
             rows = state.prepare_dummy_inputs(descriptor.num_reqs, tokens)["hypotheses"]
             assert rows is not None
             ids, positions = runner.input_buffers.input_ids[:tokens], runner.input_buffers.positions[:tokens]
+            self.one.captured.add(rows.captured_for)  # as a forward does that is captured; a CPU cannot run one here
 
             def replay(mode: CUDAGraphMode) -> None:
                 slots = dict.fromkeys(self.metadata, self.slots[0, :tokens])
                 with set_forward_context(self.metadata, runner.vllm_config, tokens, slot_mapping=slots):
-                    # Past `OnePass.forward`, whose notes about what ran no replay would write.
+                    # Past `OnePass.forward`, of which a replay runs nothing.
                     self.hidden[:tokens] = self.one._forward_with_rows(ids, positions, None, rows)
 
             return replay
