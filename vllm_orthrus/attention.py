@@ -44,6 +44,11 @@ class BlockAttention(ABC):
 
     supports_graphs: bool
 
+    @property
+    def most_graph_rows(self) -> int | None:
+        """Of one draft pass; None: as many as there are."""
+        return None
+
     @abstractmethod
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         """Prepare a draft pass over these blocks. Not part of a captured graph, and run before each replay."""
@@ -51,6 +56,33 @@ class BlockAttention(ABC):
     @abstractmethod
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [rows, heads * dim], k and v [rows, kv_heads * dim] of all blocks, in order; returns q's shape."""
+
+
+class BlocksAlone(BlockAttention):
+    """Blocks that see only themselves: before there is a cache, vLLM runs a draft to measure what memory it needs."""
+
+    supports_graphs = False
+
+    def __init__(self, attn: list[Any]) -> None:
+        self.attn = attn
+
+    def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
+        self.num_reqs = len(blocks.prefix_lengths)
+        return ForwardInputs()
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attn = self.attn[layer]
+        queries, keys, values = (
+            x.view(self.num_reqs, -1, x.shape[1] // attn.head_size, attn.head_size) for x in (q, k, v)
+        )
+        out = scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            scale=attn.impl.scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).reshape(q.shape)
 
 
 class GatherAttention(BlockAttention):
@@ -64,12 +96,6 @@ class GatherAttention(BlockAttention):
 
     def __init__(self, layers: list[CachedLayer]) -> None:
         self.layers = layers
-        quantized = {layer.attn.kv_cache_dtype for layer in layers} - {"auto", "float16", "bfloat16", "float32"}
-        if quantized:
-            raise ValueError(
-                f"orthrus_attention='gather' cannot read a cache of kv_cache_dtype={quantized.pop()!r}. "
-                "Set orthrus_attention to 'write_through', or leave kv_cache_dtype at 'auto'."
-            )
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         self._blocks = blocks
@@ -86,7 +112,7 @@ class GatherAttention(BlockAttention):
 
         queries, keys, values = by_request(q), by_request(k), by_request(v)
         rows, length = keys.shape[2], 0
-        if self._blocks.longest and attn.kv_cache.numel():
+        if self._blocks.longest:
             prefix_keys, prefix_values = self._gather(self.layers[layer])
             length = prefix_keys.shape[2]
             keys = torch.cat([prefix_keys, keys], dim=2)
@@ -130,6 +156,28 @@ class GatherAttention(BlockAttention):
             in_block = block == block[:: rows if count == 1 else 1, None]  # [rows or 1, rows]
             self._masks[length] = torch.cat([in_prefix, in_block.expand(len(lengths), -1, -1)], dim=2)[:, None]
         return self._masks[length]
+
+
+# Backends that keep keys and values of one head side by side, so that strides say everything about the layout.
+READABLE = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "CPU_ATTN")
+PLAIN = ("auto", "float16", "bfloat16", "float32")
+
+
+def packed(attn: Any) -> str | None:
+    """Why strides do not say where this layer's keys and values are, or None."""
+    backend = attn.attn_backend.get_name()
+    if backend not in READABLE:
+        return f"attention backend {backend} keeps its cache in a form of its own"
+    if backend == "CPU_ATTN" and (attn.kv_cache_dtype not in PLAIN or attn.isa not in ("vec", "vec16")):
+        return "this CPU's attention packs its cache for matrix tiles"
+    return None
+
+
+def ungatherable(layer: CachedLayer) -> str | None:
+    """Why `GatherAttention` cannot read this layer's cache, or None."""
+    if layer.attn.kv_cache_dtype not in PLAIN:
+        return f"kv_cache_dtype={layer.attn.kv_cache_dtype} is quantized"
+    return packed(layer.attn)
 
 
 def cached_keys_values(attn: Any) -> tuple[torch.Tensor, torch.Tensor]:

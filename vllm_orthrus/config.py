@@ -11,6 +11,7 @@ from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 
 from vllm_orthrus.heads import HeadConfig, open_head, read_head_config, resolve_head
+from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
 
@@ -85,9 +86,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self._refuse_parallelism()
         head = self._find_head()
         self._fit_block(head)
-        if self.orthrus_attention == "auto" and _is_cpu():
-            # Interpreted, the kernel is exact and slow.
-            self.orthrus_attention = "gather" if _gathers_well(self.target_model_config.dtype) else "write_through"
+        wanted_form()  # refuses what it does not know before any worker asks
         self._choose_passes()
         self._refuse_to_fuse()
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
@@ -180,7 +179,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 "orthrus_verification='fused' does not go with orthrus_passes='two', where a verification carries no "
                 "hypotheses to share a launch with. Set orthrus_passes to 'one', or orthrus_verification to 'backend'."
             )
-        if self.orthrus_attention == "gather":
+        if self.orthrus_attention == "gather" or (self.orthrus_attention == "auto" and not _compiles_kernels()):
             raise ValueError(
                 "orthrus_verification='fused' does not go with orthrus_attention='gather' (on CPUs 'auto' means that): "
                 "only the kernel takes both kinds of rows. Set orthrus_attention to 'kernel', or orthrus_verification "
@@ -227,18 +226,10 @@ def known_settings() -> list[str]:
     return [field.name for field in fields(OrthrusSpeculativeConfig) if field.name not in given_by_vllm]
 
 
-def _is_cpu() -> bool:
+def _compiles_kernels() -> bool:
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu())
-
-
-def _gathers_well(dtype: torch.dtype) -> bool:
-    """Whether PyTorch can read this CPU's cache: vLLM packs bfloat16 keys for AMX tiles, and for ARM."""
-    from vllm.platforms import CpuArchEnum, current_platform
-
-    packed = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return bool(current_platform.get_cpu_architecture() == CpuArchEnum.X86 and not packed)
+    return runs_triton(torch.device(current_platform.device_type))
 
 
 def _logger() -> Any:

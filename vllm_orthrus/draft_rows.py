@@ -3,30 +3,36 @@
 import torch
 
 from vllm_orthrus.attention import Blocks
-from vllm_orthrus.integration.runner import BlockTables, InputBatch, VllmConfig
+from vllm_orthrus.integration.runner import BlockTables, InputBatch, ModelConfig
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
+from vllm_orthrus.settings import DraftShape
 
 
 class DraftRows:
     """Compact: only requests that draft have rows, in the order in which they were asked for."""
 
-    def __init__(self, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
-        config = vllm_config.speculative_config
-        self.block, self.mask_token_id = config.orthrus_block_size, config.orthrus_mask_token_id
-        self.max_model_len = vllm_config.model_config.max_model_len
-        self.input_ids = torch.zeros(max_num_reqs, self.block, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(max_num_reqs, self.block, dtype=torch.int64, device=device)
-        self.prefix_lengths = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+    def __init__(self, shape: DraftShape, model_config: ModelConfig, device: torch.device) -> None:
+        self.shape, self.model_config = shape, model_config
+        # What takes up the outcome of a verification is built from these rows, too.
+        self.capacity = max(shape.at_once, shape.most_carried)
+        self.input_ids = torch.zeros(self.capacity, shape.block, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(self.capacity, shape.block, dtype=torch.int64, device=device)
+        self.prefix_lengths = torch.zeros(self.capacity, dtype=torch.int32, device=device)
         # One for each draft; -1: sample nothing.
-        self.slots = torch.full((max_num_reqs, config.num_speculative_tokens), -1, dtype=torch.int64, device=device)
-        self.offsets = torch.arange(self.block, device=device)
-        self.tables: list[torch.Tensor] = []  # per cache group [max_num_reqs, max_blocks]
+        self.slots = torch.full((self.capacity, shape.drafts), -1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(shape.block, device=device)
+        self.tables: list[torch.Tensor] = []  # per cache group [capacity, max_blocks]
         self.for_kernel: BlockRows | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Asked for anew each time: `--max-model-len auto` lowers the limit once the cache is known."""
+        return int(self.model_config.max_model_len)
 
     def bind(self, block_tables: BlockTables, for_kernel: bool) -> None:
         """There are block tables now, or others. for_kernel: the attention that will read this is our kernel."""
         self.sources = block_tables.input_block_tables
-        self.tables = [torch.zeros_like(table) for table in self.sources]
+        self.tables = [table.new_zeros(self.capacity, table.shape[1]) for table in self.sources]
         self.for_kernel = None
         if for_kernel:
             tables = link_tables(self.sources, self.tables, block_tables.block_sizes)
@@ -46,7 +52,8 @@ class DraftRows:
             sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
             state = BatchState(batch.idx_mapping, batch.query_start_loc, batch.positions, *sampled)
             # A prefix of -1 tells the kernel that there is no such request.
-            prepare_blocks(rows, state, self.for_kernel, self.mask_token_id, self.max_model_len, padding_length=-1)
+            mask, limit = self.shape.mask_token_id, self.max_model_len
+            prepare_blocks(rows, state, self.for_kernel, mask, limit, padding_length=-1)
             return
         n = len(rows)
         slot = batch.idx_mapping[rows]  # [n]
@@ -54,7 +61,7 @@ class DraftRows:
         anchor_position = batch.positions[last_kept] + 1  # p, [n]
         anchor = torch.where(num_sampled[rows] > 0, last_sampled[slot, 0], next_prefill_tokens[0, slot])
 
-        self.input_ids[:n] = self.mask_token_id
+        self.input_ids[:n] = self.shape.mask_token_id
         self.input_ids[:n, 0] = anchor
         # A block may reach past the context limit; such drafts are never scheduled, but their rows need a position.
         self.positions[:n] = (anchor_position[:, None] + self.offsets).clamp_(max=self.max_model_len - 1)

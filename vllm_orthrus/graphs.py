@@ -3,10 +3,7 @@
 import torch
 
 from vllm_orthrus.integration.runner import BatchExecutionDescriptor, CudaGraphManager, CUDAGraphMode, VllmConfig
-from vllm_orthrus.onepass import OnePass
-
-# A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it.
-MAX_GRAPH_ROWS = 2048
+from vllm_orthrus.settings import DraftShape
 
 
 class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
@@ -16,12 +13,17 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
     request, so the only thing that varies is how many requests there are.
     """
 
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, block: int, largest: int
+    ) -> None:
+        """largest: the most requests that draft in one pass."""
+        self.largest = largest
+        super().__init__(vllm_config, device, mode, decode_query_len=block)
+
     def _init_candidates(self) -> None:
-        if not self.cudagraph_mode or not self.compilation_config.cudagraph_capture_sizes:
+        if not self.cudagraph_mode:
             return
-        scheduler = self.vllm_config.scheduler_config
-        at_once = min(self.max_num_reqs, scheduler.max_num_active_seqs or self.max_num_reqs)
-        largest = min(at_once, max(1, MAX_GRAPH_ROWS // self.decode_query_len))
+        largest = self.largest
         counts = [count for count in (1, 2, 4, *range(8, largest, 8)) if count < largest]
         descriptors = [
             BatchExecutionDescriptor(
@@ -46,17 +48,17 @@ class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
     The numbers are vLLM's own, so that a batch is padded to the same one here as there.
     """
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, one_pass: OnePass) -> None:
-        self.one_pass = one_pass
-        super().__init__(vllm_config, device, mode, decode_query_len=one_pass.verified)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, shape: DraftShape) -> None:
+        self.shape = shape
+        super().__init__(vllm_config, device, mode, decode_query_len=shape.verified)
 
     def _init_candidates(self) -> None:
         super()._init_candidates()
         for mode, descriptors in self._capture_descs.items():
-            self._capture_descs[mode] = [one for one in descriptors if self.one_pass.num_hypotheses(one.num_reqs)]
+            self._capture_descs[mode] = [one for one in descriptors if self.shape.num_hypotheses(one.num_reqs)]
 
     def find(self, num_reqs: int) -> BatchExecutionDescriptor | None:
         """The graph for exactly so many requests: how many hypotheses each has depends on it."""
-        verified = self.one_pass.verified
+        verified = self.shape.verified
         graph = self.dispatch(num_reqs, num_reqs * verified, verified, num_active_loras=0)
         return graph if graph in self.graphs and graph.num_reqs == num_reqs else None

@@ -3,10 +3,11 @@
 import torch
 
 from vllm_orthrus import policy
-from vllm_orthrus.integration.runner import VllmConfig
+from vllm_orthrus.integration.runner import ModelConfig
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
 from vllm_orthrus.kernels.most_probable import most_probable
 from vllm_orthrus.kernels.prepare_hypotheses import Remembered
+from vllm_orthrus.settings import DraftShape
 
 
 class HypothesisState:
@@ -14,20 +15,24 @@ class HypothesisState:
 
     Slot -1 stands for rows of a graph that no request fills. There is one place more than requests, so what is written
     there is nobody's. All of it stays where it is in memory and nothing is read back, as a graph demands.
+
+    Hidden states are what takes memory, and far fewer requests than there are slots can have hypotheses at a time: they
+    lie in as many places as that, and each slot says which place is its own.
     """
 
     COUNTERS = ("verifications", "hits", "accepted_count_missed", "bonus_missed", "tokens", "rows")
 
-    def __init__(self, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
-        config, model = vllm_config.speculative_config, vllm_config.model_config
-        self.block, self.drafting_rows = config.orthrus_block_size, config.orthrus_drafting_rows
-        self.num_drafts, self.count = config.num_speculative_tokens, config.orthrus_hypotheses
-        block, num_drafts, hypotheses = self.block, self.num_drafts, self.count
+    def __init__(self, shape: DraftShape, model: ModelConfig, device: torch.device) -> None:
+        self.shape = shape
+        num_drafts, hypotheses = shape.drafts, shape.hypotheses
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(max_num_reqs + 1, *shape, dtype=dtype, device=device)
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape.max_num_reqs + 1, *size, dtype=dtype, device=device)
 
-        self.block_hidden = zeros(block, model.get_hidden_size(), dtype=model.dtype)  # of the newest block
+        self.places_of_blocks = torch.arange(shape.most_carried + 1, device=device)
+        self.place = zeros() + shape.most_carried  # the last is nobody's
+        newest = (len(self.places_of_blocks), shape.block, model.get_hidden_size())
+        self.block_hidden = torch.zeros(newest, dtype=model.dtype, device=device)  # of the newest block, by place
         self.offset = zeros()  # its row that predicts what follows the anchor
         self.anchor_position = zeros() - 1  # where the next verification must start for any of this to apply
         self.accepted = zeros(hypotheses) + NONE
@@ -42,9 +47,9 @@ class HypothesisState:
             share=zeros(places, candidates, dtype=torch.float32),
         )
         self.sampled = zeros(dtype=torch.bool)
-        self.history = policy.new_history(max_num_reqs + 1, device)
+        self.history = policy.new_history(shape.max_num_reqs + 1, device)
         self.calibration = policy.new_calibration(device)
-        self.values = policy.block_values(block, self.drafting_rows, hypotheses, device)
+        self.values = policy.block_values(shape.block, shape.drafting_rows, hypotheses, device)
         self.places = torch.arange(places, device=device)
         self.counters = torch.zeros(len(self.COUNTERS), dtype=torch.int64, device=device)
 
@@ -52,8 +57,13 @@ class HypothesisState:
         return Remembered(self.anchor_position, self.accepted, self.token)
 
     def begin(self, slot: torch.Tensor, block_hidden: torch.Tensor, new: torch.Tensor) -> None:
-        """A separate draft pass has given these requests a block: block_hidden [n, block, hidden]; new [n]: a first."""
-        self.block_hidden[slot] = block_hidden
+        """A separate draft pass has given these requests a block, and no other request has one any more.
+
+        block_hidden [n, block, hidden]; new [n]: a first. There are at most `most_carried` of them.
+        """
+        place = torch.where(slot >= 0, self.places_of_blocks[: len(slot)], self.shape.most_carried)
+        self.place[slot] = place
+        self.block_hidden[place] = block_hidden
         self.offset[slot] = 0
         for part in self.history:
             part[slot] = torch.where(new, 0, part[slot])
@@ -81,12 +91,13 @@ class HypothesisState:
         match = match_outcome(hypotheses, drafts.tokens, num_sampled, last_sampled, self.offset[slot])
         found = match.which >= 0
         chosen = hidden[torch.arange(len(slot), device=slot.device), match.which.clamp(min=0)]  # [n, block, hidden]
-        self.block_hidden[slot] = torch.where(found[:, None, None], chosen, self.block_hidden[slot])
+        place = self.place[slot]
+        self.block_hidden[place] = torch.where(found[:, None, None], chosen, self.block_hidden[place])
         self.offset[slot] = match.offset
 
         hit = found & (match.offset == 0)
         covered = count_covered(hypotheses, drafts.tokens, drafts.real, num_sampled - 1)
-        rows = num_sampled + num_rejected + self.block * count  # those of the verification, and the hypotheses'
+        rows = num_sampled + num_rejected + self.shape.block * count  # those of the verification, and the hypotheses'
         counted = (torch.ones_like(hit), hit, ~hit & ~covered, ~hit & covered, num_sampled, rows)
         self.counters += (torch.stack([part.long() for part in counted]) * (num_sampled > 0)).sum(1)
         history = policy.History(*(part[slot] for part in self.history))
@@ -100,8 +111,8 @@ class HypothesisState:
 
     def drafting(self, slot: torch.Tensor) -> torch.Tensor:
         """Hidden states of the rows that draft next, and of the one behind them: [n, K + 1, hidden]."""
-        rows = (self.offset[slot][:, None] + self.places).clamp(max=self.block - 1)  # [n, K + 1]
-        return self.block_hidden[slot[:, None], rows]
+        rows = (self.offset[slot][:, None] + self.places).clamp(max=self.shape.block - 1)  # [n, K + 1]
+        return self.block_hidden[self.place[slot][:, None], rows]
 
     def choose(
         self,
@@ -114,10 +125,10 @@ class HypothesisState:
     ) -> None:
         """Decide which hypotheses the next verification carries. logits [n, K + 1, vocabulary]; drafts [n, K]."""
         offset = self.offset[slot]
-        count = policy.draft_count(offset, self.num_drafts, self.drafting_rows)
+        count = policy.draft_count(offset, self.shape.drafts, self.shape.drafting_rows)
         sampled = temperature > 0
         said = most_probable(logits, drafts, temperature, policy.LOOKED_AT)
-        described = policy.describe_drafts(said, drafts, count, offset, self.block)
+        described = policy.describe_drafts(said, drafts, count, offset, self.shape.block)
         history = policy.History(*(part[slot] for part in self.history))
         chosen = choose_hypotheses(
             policy.outcome_chances(self.calibration, history, described, sampled),
@@ -127,7 +138,7 @@ class HypothesisState:
             anchor,
             offset,
             self.values,
-            self.count,
+            self.shape.hypotheses,
         )
         for part, new in zip(self.drafts, described, strict=True):
             part[slot] = new

@@ -1,11 +1,20 @@
 """Path E: our own kernel reads the target's cache in place; the block's keys and values go nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
-from vllm_orthrus.attention import BlockAttention, Blocks, CachedLayer, ForwardInputs, cached_keys_values
+from vllm_orthrus.attention import (
+    PLAIN,
+    BlockAttention,
+    Blocks,
+    CachedLayer,
+    ForwardInputs,
+    cached_keys_values,
+    packed,
+)
 from vllm_orthrus.kernels.dual_view_attention import (
     PagedCache,
     Plan,
@@ -15,9 +24,6 @@ from vllm_orthrus.kernels.dual_view_attention import (
     workspace_size,
 )
 
-# Backends that keep keys and values of one head side by side, so that strides say everything about the layout.
-READABLE = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER", "FLEX_ATTENTION", "CPU_ATTN")
-PLAIN = ("auto", "float16", "bfloat16", "float32")
 FP8 = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -28,60 +34,55 @@ FP8 = {
 def unreadable(layer: CachedLayer) -> str | None:
     """Why the kernel cannot read this layer's cache, or None."""
     attn = layer.attn
-    backend = attn.attn_backend.get_name()
-    if backend not in READABLE:
-        return f"attention backend {backend} keeps its cache in a form of its own"
     if attn.kv_cache_dtype not in PLAIN and attn.kv_cache_dtype not in FP8:
         return f"kv_cache_dtype={attn.kv_cache_dtype} stores scales between the values"
-    if backend == "CPU_ATTN" and (
-        attn.kv_cache_dtype not in PLAIN or getattr(attn, "isa", "vec") not in ("vec", "vec16")
-    ):
-        return "this CPU's attention packs its cache for matrix tiles"
+    if problem := packed(attn):
+        return problem
     if attn.head_size & (attn.head_size - 1) or not 16 <= attn.head_size <= 256:
         return f"head_dim={attn.head_size} is not a power of two up to 256"
     return None
 
 
+def make_workspace(attn: Any, passes: Iterable[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """For passes of so many requests with so many rows each. One serves all layers and passes: they never overlap."""
+    needed = [workspace_size(_plan(attn, num_reqs, rows, device)) for num_reqs, rows in passes]
+    return torch.empty(max(needed, default=0), dtype=torch.float32, device=device)
+
+
+def _plan(attn: Any, num_reqs: int, rows: int, device: torch.device, workspace: torch.Tensor | None = None) -> Plan:
+    return make_plan(
+        num_reqs,
+        rows,
+        attn.num_heads,
+        attn.num_kv_heads,
+        attn.head_size,
+        attn.dtype,
+        FP8.get(attn.kv_cache_dtype, attn.kv_cache_torch_dtype),
+        device,
+        buffer=workspace,
+        allocate=workspace is not None,
+    )
+
+
 class KernelAttention(BlockAttention):
     supports_graphs = True
 
-    def __init__(
-        self, layers: list[CachedLayer], rows_by_count: Sequence[int], device: torch.device, verified: int = 0
-    ) -> None:
-        """rows_by_count: block rows per request when there are 1, 2, ... requests; 0 where there is no such pass.
+    def __init__(self, layers: list[CachedLayer], workspace: torch.Tensor, verified: int = 0) -> None:
+        """workspace: from `make_workspace`, of at least what any pass of this object needs.
 
-        verified: the most verification rows of a request that share a launch with them.
+        verified: the most verification rows of a request that share a launch with its block rows.
         """
-        self.layers = layers
-        self.device = device
-        self.verified = verified
+        self.layers, self.workspace, self.verified = layers, workspace, verified
         self.plans: dict[tuple[int, int], Plan] = {}
-        # One workspace for all layers and all batch sizes: passes never overlap.
-        shapes = [(num_reqs, rows) for num_reqs, rows in enumerate(rows_by_count, 1) if rows]
-        needed = [workspace_size(self._make_plan(num_reqs, rows, None)) for num_reqs, rows in shapes]
-        self.workspace = torch.empty(max(needed, default=0), dtype=torch.float32, device=device)
-
-    def _make_plan(self, num_reqs: int, rows: int, workspace: torch.Tensor | None) -> Plan:
-        attn = self.layers[0].attn
-        stored = attn.kv_cache_torch_dtype
-        return make_plan(
-            num_reqs,
-            self.verified + rows,
-            attn.num_heads,
-            attn.num_kv_heads,
-            attn.head_size,
-            attn.dtype,
-            FP8.get(attn.kv_cache_dtype, stored),
-            self.device,
-            buffer=workspace,
-            allocate=workspace is not None,
-        )
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         self._blocks = blocks
         num_reqs, rows = blocks.positions.shape
         if (num_reqs, rows) not in self.plans:
-            self.plans[num_reqs, rows] = self._make_plan(num_reqs, rows, self.workspace)
+            attn = self.layers[0].attn
+            self.plans[num_reqs, rows] = _plan(
+                attn, num_reqs, self.verified + rows, self.workspace.device, self.workspace
+            )
         self._plan = self.plans[num_reqs, rows]
         return ForwardInputs()
 

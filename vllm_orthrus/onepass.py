@@ -17,15 +17,10 @@ import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.hypothesis_state import HypothesisState
-from vllm_orthrus.integration.runner import (
-    CUDAGraphMode,
-    DefaultModelState,
-    InputBatch,
-    VllmConfig,
-    get_forward_context,
-)
+from vllm_orthrus.integration.runner import CUDAGraphMode, DefaultModelState, InputBatch, ModelConfig
 from vllm_orthrus.kernel_attention import KernelAttention
 from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
+from vllm_orthrus.settings import DraftShape
 from vllm_orthrus.verification import BackendVerification, FusedVerification, OnePassAttention
 from vllm_orthrus.view import DiffusionView
 
@@ -37,37 +32,31 @@ class HypothesisRows(NamedTuple):
     positions: torch.Tensor  # [num_reqs * H * block]
     blocks: Blocks
     hidden: torch.Tensor  # [num_reqs * H * block, hidden], filled by the forward
+    captured_for: tuple[int, int] | None = None  # requests and tokens of the graph that is to hold these rows
 
 
 class OnePass:
     """The target's forward with hypothesis rows, and the buffers that those rows live in."""
 
-    def __init__(self, view: DiffusionView, vllm_config: VllmConfig, max_num_reqs: int, device: torch.device) -> None:
-        config = vllm_config.speculative_config
-        self.view = view
-        self.fused, self.max_num_reqs = config.orthrus_verification == "fused", max_num_reqs
-        self.block, self.verified = config.orthrus_block_size, config.num_speculative_tokens + 1
-        self.most_hypotheses = config.orthrus_hypotheses
-        self.most_rows = min(config.orthrus_rows, vllm_config.scheduler_config.max_num_batched_tokens)
-        self.mask_token_id, self.max_model_len = config.orthrus_mask_token_id, vllm_config.model_config.max_model_len
-        self.state = HypothesisState(vllm_config, max_num_reqs, device)
+    def __init__(
+        self, view: DiffusionView, shape: DraftShape, model: ModelConfig, fused: bool, device: torch.device
+    ) -> None:
+        self.view, self.shape, self.model_config, self.fused = view, shape, model, fused
+        self.state = HypothesisState(shape, model, device)
         self.plain_forward = view.target.forward
         self.attention: OnePassAttention | None = None  # known once there is a cache
         self.tables: list[torch.Tensor] = []
 
-        most = self.block * max(count * self.num_hypotheses(count) for count in range(1, max_num_reqs + 1))
-        hidden_size = vllm_config.model_config.get_hidden_size()
+        most = shape.block * shape.most_blocks
         self.input_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self.positions = torch.zeros(most, dtype=torch.int64, device=device)
-        self.prefix_lengths = torch.full((most // self.block,), -1, dtype=torch.int32, device=device)
-        dtype = vllm_config.model_config.dtype
-        self.hidden = torch.zeros(most, hidden_size, dtype=dtype, device=device)
-        # Blocks from a pass of their own, for requests that have no verification yet.
-        self.drafted = torch.zeros(max_num_reqs, self.block, hidden_size, dtype=dtype, device=device)
-        # About the forward that ran last. A replayed graph runs no Python and leaves the second and third alone.
-        self.prepared = False
-        self.ran_in_python = False
-        self.ran_with_rows = False
+        self.prefix_lengths = torch.full((shape.most_blocks,), -1, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(most, model.get_hidden_size(), dtype=model.dtype, device=device)
+        # Decided before each forward, from how vLLM says it will run: a replayed graph runs no Python that could tell.
+        self.mode: CUDAGraphMode | None = None
+        self.capturing = False  # a graph of the whole forward
+        self.captured: set[tuple[int, int]] = set()  # requests and tokens of the graphs that hold rows
+        self.carried = False  # the forward that ran last had its batch's rows with it
         self._attach()
 
     def _attach(self) -> None:
@@ -80,23 +69,25 @@ class OnePass:
     def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
         """There is a cache now; until then, and without this call, the target's forward is as it was."""
         self.tables = tables
+        self.captured.clear()
         if self.fused:
             assert isinstance(attention, KernelAttention)
-            self.attention = FusedVerification(attention, self.max_num_reqs)
+            self.attention = FusedVerification(attention, self.shape.most_carried)
         else:
             self.attention = BackendVerification(attention)
 
-    def num_hypotheses(self, num_reqs: int) -> int:
-        """How many blocks per request ride along with the verification of this many requests."""
-        left = self.most_rows // num_reqs - self.verified
-        return int(min(max(0, left // self.block), self.most_hypotheses))
+    def announce(self, mode: CUDAGraphMode, capturing: bool) -> None:
+        """How the coming forward will run, or that a graph is about to be captured from it."""
+        self.mode, self.capturing = mode, capturing
 
     def prepare(self, batch: InputBatch) -> HypothesisRows | None:
-        """The rows for this batch, if it only decodes."""
-        self.prepared = self.ran_in_python = self.ran_with_rows = False
+        """The rows for this batch, if it only decodes and its forward has room for them."""
+        mode, self.mode, self.carried = self.mode, None, False
         num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
-        count = self.num_hypotheses(padded)
-        if self.attention is None or count == 0:
+        count = self.shape.num_hypotheses(padded)
+        replayed = mode == CUDAGraphMode.FULL and (padded, batch.num_tokens_after_padding) in self.captured
+        # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no room for rows.
+        if self.attention is None or count == 0 or not (replayed or mode == CUDAGraphMode.NONE):
             return None
         self.attention.prepare(batch)
         longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
@@ -110,40 +101,32 @@ class OnePass:
             self.state.remembered(),
             Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
             HypothesisBlocks(
-                views.input_ids.view(padded, count, self.block),
-                views.positions.view(padded, count, self.block),
+                views.input_ids.view(padded, count, self.shape.block),
+                views.positions.view(padded, count, self.shape.block),
                 views.blocks.prefix_lengths,
             ),
-            self.mask_token_id,
-            self.max_model_len,
+            self.shape.mask_token_id,
+            self.model_config.max_model_len,  # which `--max-model-len auto` lowers once the cache is known
         )
-        self.prepared = True
+        self.carried = True
         return views
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
         """Rows without a hypothesis, to capture a graph with."""
-        if self.attention is None or not self._in_graph(num_reqs, num_tokens):
+        if self.attention is None or not self.attention.supports_graphs:
+            return None
+        if num_tokens != num_reqs * self.shape.verified or self.shape.num_hypotheses(num_reqs) == 0:
             return None
         self.attention.clear()
         views = self.views(num_reqs)
         views.blocks.prefix_lengths.fill_(-1)
-        return views
-
-    def _in_graph(self, num_reqs: int, num_tokens: int) -> bool:
-        """Whether a graph of this shape was captured with rows."""
-        uniform = num_tokens == num_reqs * self.verified
-        return (
-            uniform
-            and self.num_hypotheses(num_reqs) > 0
-            and self.attention is not None
-            and self.attention.supports_graphs
-        )
+        return views._replace(captured_for=(num_reqs, num_tokens))
 
     def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
         """The rows of this many requests, whatever stands in them."""
-        count = self.num_hypotheses(num_reqs)
+        count = self.shape.num_hypotheses(num_reqs)
         blocks = num_reqs * count
-        rows = blocks * self.block
+        rows = blocks * self.shape.block
         return HypothesisRows(
             self.input_ids[:rows],
             self.positions[:rows],
@@ -156,11 +139,6 @@ class OnePass:
             self.hidden[:rows],
         )
 
-    def carried(self, batch: InputBatch) -> bool:
-        """Whether the rows that were prepared for this batch took part in its forward."""
-        in_graph = self._in_graph(batch.num_reqs_after_padding, batch.num_tokens_after_padding)
-        return self.prepared and (self.ran_with_rows if self.ran_in_python else in_graph)
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -169,18 +147,12 @@ class OnePass:
         inputs_embeds: torch.Tensor | None = None,
         hypotheses: HypothesisRows | None = None,
     ) -> Any:
-        context = get_forward_context()
-        self.ran_in_python = True
-        # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no place for rows.
-        # A run without a cache only measures memory, and rows fit into the batch's own limit.
-        self.ran_with_rows = (
-            hypotheses is not None
-            and context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
-            and context.attn_metadata is not None
-        )
-        if not self.ran_with_rows:
+        # Inputs for a graph are made before it is said which kind it is.
+        for_a_piece = hypotheses is not None and hypotheses.captured_for is not None and not self.capturing
+        if hypotheses is None or for_a_piece:
             return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        assert hypotheses is not None
+        if hypotheses.captured_for is not None:
+            self.captured.add(hypotheses.captured_for)
         with self.view.fused():
             return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
 
@@ -215,6 +187,30 @@ class OnePassModelState(DefaultModelState):  # type: ignore[misc]
     """vLLM's hook for models with inputs of their own: here, the hypothesis rows."""
 
     one_pass: OnePass  # set on the subclass that `OnePass` makes
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: Any,
+        slot_mappings: Any,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        **named: Any,
+    ) -> dict[str, Any]:
+        self.one_pass.announce(cudagraph_mode, for_capture)
+        built: dict[str, Any] = super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture=for_capture,
+            **named,
+        )
+        return built
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: Any) -> dict[str, Any]:
         rows = self.one_pass.prepare(input_batch)

@@ -13,7 +13,7 @@ true; it drafts in a pass of its own only behind prompts and for batches that ar
 Everything runs on the device: the host knows neither how many drafts were accepted nor where a block starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,14 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_orthrus.attention import BlockAttention, CachedLayer, ForwardInputs, GatherAttention
+from vllm_orthrus.attention import (
+    BlockAttention,
+    BlocksAlone,
+    CachedLayer,
+    ForwardInputs,
+    GatherAttention,
+    ungatherable,
+)
 from vllm_orthrus.counting import LateCounts
 from vllm_orthrus.draft_rows import DraftRows
 from vllm_orthrus.graphs import BlockGraphs, OutcomeGraphs
@@ -42,8 +49,10 @@ from vllm_orthrus.integration.runner import (
     set_default_torch_dtype,
     set_forward_context,
 )
-from vllm_orthrus.kernel_attention import KernelAttention, unreadable
+from vllm_orthrus.kernel_attention import KernelAttention, make_workspace, unreadable
+from vllm_orthrus.kernels.forms import runs_triton
 from vllm_orthrus.onepass import OnePass
+from vllm_orthrus.settings import DraftShape
 from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
@@ -54,26 +63,31 @@ logger = init_logger("vllm.orthrus")
 class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.block = self.speculative_config.orthrus_block_size
+        self.shape = DraftShape.of(vllm_config)
+        self.block = self.shape.block
         self.num_query_per_req = self.block  # bounds vLLM's profile run
-        num_reqs, drafts = self.max_num_reqs, self.num_speculative_steps
 
         # What a captured draft pass reads and writes, at fixed addresses.
-        self.rows = DraftRows(vllm_config, num_reqs, device)
-        self.drafts = torch.zeros(num_reqs, drafts, dtype=torch.int64, device=device)
+        self.rows = DraftRows(self.shape, vllm_config.model_config, device)
+        room, drafts = self.rows.capacity, self.shape.drafts
+        self.drafts = torch.zeros(room, drafts, dtype=torch.int64, device=device)
+        self.workspace: torch.Tensor | None = None  # of our kernel, made before vLLM measures what memory is left
 
         self.one_pass: OnePass | None = None
+        self.drafted: torch.Tensor | None = None  # one pass: hidden states of a draft pass [room, block, hidden]
         self.counted: LateCounts | None = None
         self.draft_passes = 0  # of requests, beside a one-pass forward; the host knows them exactly
-        self.current = np.zeros(num_reqs, dtype=bool)  # by slot: whether what one-pass drafting remembers is up to date
+        # By slot: whether what one-pass drafting remembers is up to date.
+        self.current = np.zeros(self.max_num_reqs, dtype=bool)
         self.logits: torch.Tensor | None = None  # of the rows being sampled, if they are known already
 
         # What a graph that takes up an outcome reads beside that. Nothing sampled: no request.
-        self.num_sampled = torch.zeros(num_reqs, dtype=torch.int64, device=device)
-        self.num_rejected = torch.zeros(num_reqs, dtype=torch.int64, device=device)
+        self.num_sampled = torch.zeros(room, dtype=torch.int64, device=device)
+        self.num_rejected = torch.zeros(room, dtype=torch.int64, device=device)
 
-        self.every_row = torch.arange(num_reqs, device=device)
-        self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(num_reqs)
+        self.at_once = self.shape.at_once  # requests of one draft pass; larger batches draft in turns
+        self.every_row = torch.arange(room, device=device)
+        self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(room)
         self.attention: BlockAttention | None = None
         # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
         self.graphs: BlockGraphs | None = None
@@ -104,9 +118,24 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self.num_speculative_steps,
         )
         if config.orthrus_passes == "one":
-            self.one_pass = OnePass(view, self.vllm_config, self.max_num_reqs, self.device)
+            fused = config.orthrus_verification == "fused"
+            self.one_pass = OnePass(view, self.shape, model_config, fused, self.device)
             self.counted = LateCounts(HypothesisState.COUNTERS, self.one_pass.state.counters)
+            blocks = (self.rows.capacity, self.block, model_config.get_hidden_size())
+            self.drafted = torch.zeros(blocks, dtype=self.dtype, device=self.device)
+        if config.orthrus_attention == "kernel" or (config.orthrus_attention == "auto" and runs_triton(self.device)):
+            self.workspace = make_workspace(view.target.model.layers[0].self_attn.attn, self._passes(), self.device)
         return view.eval()
+
+    def _passes(self) -> Iterator[tuple[int, int]]:
+        """Requests, and rows of each, in every pass that our kernel may attend in."""
+        shape = self.shape
+        for num_reqs in range(1, shape.at_once + 1):
+            yield num_reqs, shape.block
+        if self.one_pass is not None:
+            verified = shape.verified if self.one_pass.fused else 0
+            for num_reqs in range(1, shape.most_carried + 1):
+                yield num_reqs, verified + shape.block * shape.num_hypotheses(num_reqs)
 
     def set_attn(
         self,
@@ -136,49 +165,60 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             refuse_unfusable(self.vllm_config, layers)
         if isinstance(self.attention, WriteThroughAttention):
             logger.info("Orthrus drafts in a pass of its own: slots behind a request have room for one block only.")
-            self.one_pass = None
+            self.one_pass = self.drafted = None
             return
-        beside: BlockAttention = GatherAttention(layers)
+        beside: BlockAttention
         if isinstance(self.attention, KernelAttention):
-            counts = range(1, self.max_num_reqs + 1)
-            rows = [self.block * one_pass.num_hypotheses(n) for n in counts]
-            beside = KernelAttention(layers, rows, self.device, one_pass.verified if one_pass.fused else 0)
+            beside = KernelAttention(layers, self.attention.workspace, self.shape.verified if one_pass.fused else 0)
+        else:
+            beside = GatherAttention(layers)
         one_pass.bind(beside, self.block_tables.input_block_tables)
 
     def _choose_attention(self, layers: list[CachedLayer], kv_cache_config: KVCacheConfig) -> BlockAttention:
         config = self.speculative_config
         wanted: str = config.orthrus_attention
-        if wanted == "gather":
-            path: BlockAttention = GatherAttention(layers)
-        elif wanted != "write_through":
-            problem = next(filter(None, map(unreadable, layers)), None)
-            if problem is None:
-                path = KernelAttention(layers, [self.block] * self.max_num_reqs, self.device)
-            elif wanted == "kernel":
-                raise ValueError(
-                    f"orthrus_attention='kernel' cannot read this cache: {problem}. Leave orthrus_attention at 'auto'."
-                )
-            else:
-                logger.info("Orthrus drafts through the target's own attention layers: %s.", problem)
-                wanted = "write_through"
-        if wanted == "write_through" or config.orthrus_check_attention:
-            through = WriteThroughAttention(
-                layers, self.vllm_config, kv_cache_config, self.max_num_reqs, self.block, self.device
+        if wanted == "auto":
+            wanted = "kernel" if runs_triton(self.device) else "gather"
+        reads = {"kernel": unreadable, "gather": ungatherable}.get(wanted)
+        problem = None if reads is None else next(filter(None, map(reads, layers)), None)
+        if problem is not None and config.orthrus_attention != "auto":
+            raise ValueError(
+                f"orthrus_attention={wanted!r} cannot read this cache: {problem}. Leave orthrus_attention at 'auto'."
             )
+        if problem is not None:
+            logger.info("Orthrus drafts through the target's own attention layers: %s.", problem)
+            wanted = "write_through"
+        if wanted == "write_through" or config.orthrus_check_attention:
+            room = self.rows.capacity
+            through = WriteThroughAttention(layers, self.vllm_config, kv_cache_config, room, self.block, self.device)
             self.attn_groups = through.groups
-            path = through if wanted == "write_through" else CheckedAttention(path, through)
-        return path
+        if wanted == "write_through":
+            return through
+        path: BlockAttention
+        if wanted == "kernel":
+            assert self.workspace is not None
+            path = KernelAttention(layers, self.workspace)
+        else:
+            path = GatherAttention(layers)
+        return CheckedAttention(path, through) if config.orthrus_check_attention else path
 
     def _target_attention(self) -> list[Any]:
         return [layer.self_attn.attn for layer in self.model.target.model.layers]
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         assert self.attention is not None
-        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self.attention.supports_graphs
-        mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
-        self.graphs = BlockGraphs(self.vllm_config, self.device, mode, decode_query_len=self.block)
+        # A target that has graphs of its pieces only says nothing of our passes, which are captured by themselves.
+        most = self.attention.most_graph_rows
+        ours = cudagraph_mode != CUDAGraphMode.NONE and self.attention.supports_graphs
+        if ours and most is not None:
+            ours = most >= self.block
+            self.at_once = min(self.shape.at_once, most // self.block) or self.shape.at_once
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if ours else CUDAGraphMode.NONE
+        self.graphs = BlockGraphs(self.vllm_config, self.device, mode, self.block, self.at_once)
         if self.one_pass is not None:
-            self.outcome_graphs = OutcomeGraphs(self.vllm_config, self.device, mode, self.one_pass)
+            carried = ours and cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+            mode = CUDAGraphMode.FULL_DECODE_ONLY if carried else CUDAGraphMode.NONE
+            self.outcome_graphs = OutcomeGraphs(self.vllm_config, self.device, mode, self.shape)
 
     def capture(self) -> None:
         assert self.graphs is not None and self.attention is not None
@@ -186,12 +226,12 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.rows.clear()
 
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            context = attention.begin(self.rows.blocks(descriptor.num_reqs, self.max_model_len), capturing=True)
+            context = attention.begin(self.rows.blocks(descriptor.num_reqs, self.rows.max_model_len), capturing=True)
             return lambda mode: self._draft(descriptor.num_reqs, attention, context)
 
         self.graphs.capture(prepare, "Capturing Orthrus drafts")
         captured = sorted(descriptor.num_reqs for descriptor in self.graphs.graphs)
-        logger.info("Orthrus drafts have CUDA graphs for these numbers of requests: %s; others run eagerly.", captured)
+        logger.info("Orthrus drafts have CUDA graphs for these numbers of requests: %s.", captured)
         if self.outcome_graphs is not None:
             self._capture_outcomes(self.outcome_graphs)
 
@@ -235,12 +275,14 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.seeds.copy_(seeds)
         if dummy_run:
             self.rows.clear()
-            self._run(num_reqs, longest=0, eager=is_profile)
-            self._finish(num_reqs, np.ones(num_reqs, dtype=bool))
+            for first in range(0, num_reqs, self.at_once):
+                n = min(self.at_once, num_reqs - first)
+                self._run(n, longest=0, eager=is_profile)
+                self._finish(n, num_reqs, np.ones(n, dtype=bool))
             return drafts
 
         slots = input_batch.idx_mapping_np[:num_reqs]
-        carried = self.one_pass is not None and self.one_pass.carried(input_batch)
+        carried = self.one_pass is not None and self.one_pass.carried
         sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
         if carried and self.current[slots].all():
             self.rows.prepare(self.every_row[:num_reqs], input_batch, *sampled)
@@ -254,14 +296,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         drafting = _past_prompt(input_batch)
         if len(drafting) == 0:
             return drafts
-        rows = async_tensor_h2d(drafting, self.device)  # [n], rows of the batch
-        self.rows.prepare(rows, input_batch, *sampled)
-        longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[drafting].max())
         self.draft_passes += len(drafting)
-        self._run(len(drafting), longest, eager=False)
-        reading = input_batch.num_computed_tokens_np[drafting] < input_batch.prefill_len_np[drafting]
-        self.current[slots[drafting]] = self._finish(len(drafting), reading)
-        drafts[rows] = self.drafts[: len(drafting)]
+        for first in range(0, len(drafting), self.at_once):
+            turn = drafting[first : first + self.at_once]
+            rows = async_tensor_h2d(turn, self.device)  # [n], rows of the batch
+            self.rows.prepare(rows, input_batch, *sampled)
+            longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[turn].max())
+            self._run(len(turn), longest, eager=False)
+            reading = input_batch.num_computed_tokens_np[turn] < input_batch.prefill_len_np[turn]
+            if self._finish(len(turn), len(drafting), reading):
+                self.current[:] = False  # of all that may have been up to date, only these are now
+                self.current[slots[turn]] = True
+            drafts[rows] = self.drafts[: len(turn)]
         return drafts
 
     def counts(self) -> dict[str, int] | None:
@@ -270,18 +316,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             return None
         return {**self.counted.read(), "draft_passes": self.draft_passes}
 
-    def _finish(self, n: int, new: np.ndarray[Any, Any]) -> bool:
+    def _finish(self, n: int, together: int, new: np.ndarray[Any, Any]) -> bool:
         """Draft from the hidden states of a pass that left it at that. Whether the next step may do without one.
 
-        new [n]: requests whose prompt ends in this very step.
+        together: the requests that draft in this step; new [n]: those whose prompt ends in it.
         """
-        if self.one_pass is None:  # the pass has drafted already
+        if self.one_pass is None or self.drafted is None:  # the pass has drafted already
             return False
-        if self.one_pass.num_hypotheses(n) == 0:
-            self._sample(n, self.one_pass.drafted[:n, : self.num_speculative_steps], self.rows.positions[:n])
+        if n < together or self.shape.num_hypotheses(together) == 0:
+            self._sample(n, self.drafted[:n, : self.num_speculative_steps], self.rows.positions[:n])
             return False
         first = async_tensor_h2d(new, self.device)
-        self.one_pass.state.begin(self.rows.slots[:n, 0], self.one_pass.drafted[:n], first)
+        self.one_pass.state.begin(self.rows.slots[:n, 0], self.drafted[:n], first)
         self._sample_and_guess(n)
         return True
 
@@ -336,8 +382,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
 
     def _run(self, num_reqs: int, longest: int, eager: bool) -> None:
         if self.attention is None:  # the profile run comes before there is a cache: blocks see only themselves
-            cacheless = GatherAttention([CachedLayer(attn, 0, 1) for attn in self._target_attention()])
-            self._draft(num_reqs, cacheless, cacheless.begin(self.rows.blocks(num_reqs, 0)))
+            alone = BlocksAlone(self._target_attention())
+            self._draft(num_reqs, alone, alone.begin(self.rows.blocks(num_reqs, 0)))
             return
         if self.graphs is not None and not eager:
             graph = self.graphs.dispatch(num_reqs, num_reqs * self.block, self.block, num_active_loras=0)
@@ -345,13 +391,6 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
                 self.attention.begin(self.rows.blocks(graph.num_reqs, longest))
                 self.graphs.run_fullgraph(graph)
                 return
-            if self.graphs.graphs:
-                logger.warning_once(
-                    "A batch of %d requests exceeds the largest Orthrus CUDA graph (%d requests): its drafts run "
-                    "eagerly. Lower --max-num-seqs if such batches are common.",
-                    num_reqs,
-                    max(descriptor.num_reqs for descriptor in self.graphs.graphs),
-                )
         self._draft(num_reqs, self.attention, self.attention.begin(self.rows.blocks(num_reqs, longest)))
 
     def _draft(self, num_reqs: int, attention: BlockAttention, context: ForwardInputs) -> None:
@@ -366,8 +405,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             ids, positions = self.rows.input_ids[:num_reqs].flatten(), self.rows.positions[:num_reqs].flatten()
             hidden = self.model(ids, positions, attention)
         hidden = hidden.view(num_reqs, self.block, -1)
-        if self.one_pass is not None:
-            self.one_pass.drafted[:num_reqs] = hidden
+        if self.drafted is not None:
+            self.drafted[:num_reqs] = hidden
             return
         # A draw is keyed by the position of the row it comes from.
         self._sample(num_reqs, hidden[:, : self.num_speculative_steps], self.rows.positions[:num_reqs])

@@ -85,7 +85,7 @@ class FusedVerification(OnePassAttention):
     def __init__(self, blocks: KernelAttention, max_num_reqs: int) -> None:
         super().__init__(blocks)
         self.width = blocks.verified
-        rows, device = max_num_reqs * self.width, blocks.device
+        rows, device = max_num_reqs * self.width, blocks.workspace.device
         self.uniform = torch.arange(0, rows + 1, self.width, dtype=torch.int32, device=device)
         self.starts = self.uniform.clone()  # [max_num_reqs + 1], each request's first row
         self.lengths = torch.full((rows,), -1, dtype=torch.int32, device=device)  # position + 1

@@ -47,12 +47,18 @@ class WriteThroughAttention(BlockAttention):
         self.groups, support, _ = init_attn_backend(
             kv_cache_config, config, device, active_layer_names={attn.layer_name for attn in self.attn}
         )
+        self.compilation_config = vllm_config.compilation_config
         self.supports_graphs = support.min_cg_support.value >= AttentionCGSupport.UNIFORM_BATCH.value
         num_groups = len(kv_cache_config.kv_cache_groups)
         self.starts = torch.arange(0, (max_num_reqs + 1) * block, block, dtype=torch.int32, device=device)
         self.starts_cpu = self.starts.cpu()
         self.lengths = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.slots = torch.full((num_groups, max_num_reqs, block), -1, dtype=torch.int64, device=device)
+
+    @property
+    def most_graph_rows(self) -> int:
+        """Builders plan graphs, FlashAttention's splits among them, for no more rows than the target's graphs have."""
+        return self.compilation_config.max_cudagraph_capture_size or 0
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:
         num_reqs = len(blocks.prefix_lengths)

@@ -33,7 +33,9 @@ def test_filled_in_from_the_head(tiny: Checkpoints) -> None:
     assert isinstance(spec, OrthrusSpeculativeConfig)
     assert (spec.orthrus_block_size, spec.num_speculative_tokens, spec.orthrus_mask_token_id) == (8, 7, 255)
     assert config.use_v2_model_runner
-    assert config.num_lookahead_tokens == 0
+    assert config.num_lookahead_tokens == 8, "a cache that nothing else reads is written through"
+    direct = build(tiny.base, orthrus(tiny.block_head, orthrus_attention="gather"))
+    assert direct.num_lookahead_tokens == 0
 
 
 def test_verification_is_the_backends_unless_told(tiny: Checkpoints) -> None:
@@ -98,9 +100,17 @@ def test_other_methods_keep_their_own_config(tiny: Checkpoints) -> None:
     assert type(spec) is SpeculativeConfig
 
 
-def test_runs_no_more_requests_than_its_blocks_fit(tiny: Checkpoints) -> None:
-    config = build(tiny.base, orthrus(tiny.block_head), max_num_batched_tokens=64, max_num_seqs=32, max_model_len=64)
-    assert config.scheduler_config.max_num_active_seqs == 64 // 8
+def test_runs_as_many_requests_as_without_drafts(tiny: Checkpoints) -> None:
+    """More than fit into one draft pass: they draft in turns."""
+    limits = {"max_num_batched_tokens": 64, "max_num_seqs": 32, "max_model_len": 64}
+    scheduler = build(tiny.base, orthrus(tiny.block_head), **limits).scheduler_config
+    assert (scheduler.max_num_seqs, scheduler.max_num_active_seqs) == (32, None)
+
+
+def test_kept_distributions_bound_the_default_number_of_requests(tiny: Checkpoints) -> None:
+    kept = orthrus(tiny.block_head, draft_sample_method="probabilistic")
+    assert build(tiny.base, kept).scheduler_config.max_num_seqs == 256
+    assert build(tiny.base, kept, max_num_seqs=300).scheduler_config.max_num_seqs == 300
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

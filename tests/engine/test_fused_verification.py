@@ -48,11 +48,11 @@ class Twice:
         one.attention = BackendVerification(GatherAttention(attention.blocks.layers))
         self.verified = max(self.verified, distance(verified, self.forward(one, ids, positions, embedded, rows)))
         one.attention = attention
-        real = (rows.blocks.prefix_lengths >= 0).flatten().repeat_interleave(one.block)
+        real = (rows.blocks.prefix_lengths >= 0).flatten().repeat_interleave(one.shape.block)
         self.drafted = max(self.drafted, distance(drafted[real], rows.hidden[real]))
         rows.hidden.copy_(drafted)
         self.forwards += 1
-        self.ragged += len(positions) != one.verified * len(rows.blocks.prefix_lengths)
+        self.ragged += len(positions) != one.shape.verified * len(rows.blocks.prefix_lengths)
         return verified
 
     def agree(self) -> bool:

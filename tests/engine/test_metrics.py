@@ -56,7 +56,7 @@ def test_they_agree_with_each_other_and_with_vllm(drafting: Engine) -> None:
     assert new["verifications"] == run.counts.steps
     assert new["tokens"] == run.counts.steps + run.counts.accepted
     speculator = drafting.runner.speculator
-    verified, carried = speculator.one_pass.verified, speculator.one_pass.num_hypotheses(1) * speculator.block
+    verified, carried = speculator.shape.verified, speculator.shape.num_hypotheses(1) * speculator.block
     assert new["rows"] == run.counts.steps * (verified + carried)
 
 

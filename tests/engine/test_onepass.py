@@ -208,10 +208,10 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
     """A captured forward reads fixed addresses: those of the rows that later batches prepare."""
     one = drafting.runner.speculator.one_pass
     if isinstance(one.attention.blocks, GatherAttention):
-        assert one.dummy(2, 2 * one.verified) is None, "it takes sizes from the host, which no graph can"
+        assert one.dummy(2, 2 * one.shape.verified) is None, "it takes sizes from the host, which no graph can"
         return
     for num_reqs in (1, 2, 5, 8):
-        captured = one.dummy(num_reqs, num_reqs * one.verified)
+        captured = one.dummy(num_reqs, num_reqs * one.shape.verified)
         prepared = one.views(num_reqs, 17)
         assert captured is not None
         for mine, theirs in (
@@ -223,7 +223,7 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
         ):
             assert mine.data_ptr() == theirs.data_ptr()
             assert mine.shape == theirs.shape
-    assert one.dummy(3, 3 * one.verified + 1) is None, "a ragged batch has no graph with rows"
+    assert one.dummy(3, 3 * one.shape.verified + 1) is None, "a ragged batch has no graph with rows"
 
 
 @pytest.mark.slow

@@ -10,6 +10,10 @@ from vllm_orthrus.integration.versions import vllm_is
 
 METHOD = "orthrus"
 
+# The default of --max-num-seqs where drafts keep their distributions, drafts * vocabulary * 2 bytes for each request:
+# large GPUs get 1024 from vLLM, which would be 4.7 GB for Qwen3.
+PROBABILISTIC_REQUESTS = 256
+
 
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
@@ -43,6 +47,8 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
                 "enable_lora=True is not supported with method 'orthrus' yet: drafts would pass through adapters "
                 "mapped to other tokens. Serve without LoRA, or without speculation."
             )
+        if settings.get("draft_sample_method") == "probabilistic" and self.max_num_seqs is None:
+            self.max_num_seqs = PROBABILISTIC_REQUESTS
         # The head is looked up when the config is built, where vLLM has not said yet how the target is to be loaded.
         settings.setdefault("draft_load_config", self.create_load_config())
         built = OrthrusSpeculativeConfig(

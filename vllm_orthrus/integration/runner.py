@@ -1,8 +1,8 @@
 """The Model Runner V2 names that the draft pass is written against, in one place because they move."""
 
-from vllm.config import VllmConfig, replace, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, replace, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 from vllm.utils.torch_utils import async_tensor_h2d, set_default_torch_dtype
@@ -25,11 +25,11 @@ __all__ = [
     "DraftModelSpeculator",
     "InputBatch",
     "KVCacheConfig",
+    "ModelConfig",
     "VllmConfig",
     "async_tensor_h2d",
     "build_attn_metadata",
     "build_slot_mappings_by_layer",
-    "get_forward_context",
     "init_attn_backend",
     "initialize_single_dummy_weight",
     "process_weights_after_loading",

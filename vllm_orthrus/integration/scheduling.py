@@ -15,26 +15,11 @@ def _set_max_num_scheduled_tokens(original: Callable[..., None]) -> Callable[...
         spec = self.speculative_config
         if spec is None or spec.method != METHOD:
             return
-        from vllm.logger import init_logger
-
-        scheduler, block = self.scheduler_config, spec.orthrus_block_size
-        budget = scheduler.max_num_batched_tokens
+        budget, block = self.scheduler_config.max_num_batched_tokens, spec.orthrus_block_size
         if budget < block:
             raise ValueError(
                 f"max_num_batched_tokens={budget} has no room for one draft block of orthrus_block_size={block} rows. "
                 f"Raise max_num_batched_tokens to at least {block}, or give a smaller orthrus_block_size."
-            )
-        wanted = scheduler.max_num_active_seqs or scheduler.max_num_seqs
-        if wanted * block > budget:
-            scheduler.max_num_active_seqs = budget // block
-            init_logger("vllm.orthrus").warning(
-                "Orthrus drafts %d rows per request, and max_num_batched_tokens=%d holds that for %d requests: "
-                "running at most that many at a time (instead of %d). Raise max_num_batched_tokens to %d to lift this.",
-                block,
-                budget,
-                scheduler.max_num_active_seqs,
-                wanted,
-                wanted * block,
             )
 
     return _set_max_num_scheduled_tokens
@@ -54,9 +39,9 @@ def _num_lookahead_tokens(original: property) -> property:
 PATCHES = [
     Patch(
         target="vllm.config.vllm:VllmConfig._set_max_num_scheduled_tokens",
-        why="The draft pass runs `block` rows for every running request; vLLM sizes its profile run, compiled ranges "
-        "and workspaces for max_num_batched_tokens rows.",
-        upstream="vLLM does the same for its own block drafters in this very method",
+        why="A draft pass has at least one block of rows; vLLM sizes its profile run, compiled ranges and workspaces "
+        "for max_num_batched_tokens rows.",
+        upstream="vLLM holds its own block drafters to that limit in this very method",
         remove_when="a speculator can state its query rows per request to the scheduler config",
         check=takes("self"),
         replace=_set_max_num_scheduled_tokens,

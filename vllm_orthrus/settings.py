@@ -1,0 +1,61 @@
+"""The numbers that an engine's drafts are made of: fixed when it starts, and the same for all who build on them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+# A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it, so larger batches lose
+# nothing by drafting in turns, and their logits, hidden states and graphs need no more memory than this.
+MAX_PASS_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    block: int  # rows of a draft block
+    drafts: int  # K, those that are verified
+    drafting_rows: int  # rows of a block that were taught to predict
+    mask_token_id: int
+    hypotheses: int  # H, the most blocks of a request beside a verification
+    rows: int  # the most rows of a forward that carries hypotheses
+    max_num_reqs: int  # requests that hold a slot
+    max_pass_rows: int  # of a draft pass
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "DraftShape":
+        config, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+        return cls(
+            config.orthrus_block_size,
+            config.num_speculative_tokens,
+            config.orthrus_drafting_rows,
+            config.orthrus_mask_token_id,
+            config.orthrus_hypotheses,
+            min(config.orthrus_rows, scheduler.max_num_batched_tokens),
+            scheduler.max_num_seqs,
+            # vLLM sizes its profile run, compiled ranges and workspaces for max_num_batched_tokens rows.
+            min(MAX_PASS_ROWS, scheduler.max_num_batched_tokens),
+        )
+
+    @property
+    def verified(self) -> int:
+        """Rows of a request's verification: the anchor and its drafts."""
+        return self.drafts + 1
+
+    @property
+    def at_once(self) -> int:
+        """Requests that draft in one pass."""
+        return min(self.max_num_reqs, max(1, self.max_pass_rows // self.block))
+
+    def num_hypotheses(self, num_reqs: int) -> int:
+        """How many blocks per request ride along with the verification of this many requests."""
+        left = self.rows // num_reqs - self.verified
+        return min(max(0, left // self.block), self.hypotheses)
+
+    @cached_property
+    def most_carried(self) -> int:
+        """The most requests whose verification carries hypotheses; 0 if there is no room for any."""
+        return min(self.max_num_reqs, self.rows // (self.verified + self.block))
+
+    @property
+    def most_blocks(self) -> int:
+        """Of all requests beside one verification."""
+        return max((count * self.num_hypotheses(count) for count in range(1, self.most_carried + 1)), default=0)
