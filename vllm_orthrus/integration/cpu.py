@@ -13,8 +13,8 @@ from functools import wraps
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution, version
 from typing import Any
 
-from vllm_orthrus.integration import interpreter
-from vllm_orthrus.integration.registry import Patch, is_bool, is_classmethod, is_property
+from vllm_orthrus.integration import interpreter, native
+from vllm_orthrus.integration.registry import Patch, is_bool, is_classmethod, is_property, takes
 
 _enabled = False
 
@@ -172,6 +172,15 @@ _UPSTREAM = "vLLM's CPU images carry triton-cpu, its wheels do not"
 _REMOVE_WHEN = "a CPU backend for Triton can be installed from a package index"
 
 PATCHES = [
+    Patch(
+        target="triton.runtime.interpreter:InterpretedFunction.run",
+        why="Interpreted, vLLM's kernels take most of a step; those that have a native version here run as that.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "args", "grid", "warmup", "kwargs"),
+        replace=native.natively,
+        applies=interpreter_enabled,
+    ),
     Patch(
         target="vllm.config.vllm:VllmConfig.use_v2_model_runner",
         why="Without Triton, vLLM on a CPU chooses Model Runner V1; only Orthrus needs V2.",
