@@ -33,6 +33,11 @@ def unreadable(layer: CachedLayer) -> str | None:
         return f"attention backend {backend} keeps its cache in a form of its own"
     if attn.kv_cache_dtype not in PLAIN and attn.kv_cache_dtype not in FP8:
         return f"kv_cache_dtype={attn.kv_cache_dtype} stores scales between the values"
+    if FP8.get(attn.kv_cache_dtype) == torch.float8_e4m3fn and (capability := _capability_below(8, 9)) is not None:
+        return (
+            f"kv_cache_dtype={attn.kv_cache_dtype} holds e4m3, which Triton converts from compute capability 8.9 on, "
+            f"and this GPU has {capability}; fp8_e5m2 can be read"
+        )
     if backend == "CPU_ATTN" and (
         attn.kv_cache_dtype not in PLAIN or getattr(attn, "isa", "vec") not in ("vec", "vec16")
     ):
@@ -40,6 +45,13 @@ def unreadable(layer: CachedLayer) -> str | None:
     if attn.head_size & (attn.head_size - 1) or not 16 <= attn.head_size <= 256:
         return f"head_dim={attn.head_size} is not a power of two up to 256"
     return None
+
+
+def _capability_below(major: int, minor: int) -> str | None:
+    """What an NVIDIA GPU has that has less than this."""
+    if not current_platform.is_cuda() or current_platform.has_device_capability((major, minor)):
+        return None
+    return str(current_platform.get_device_capability().as_version_str())
 
 
 class KernelAttention(BlockAttention):
