@@ -5,6 +5,7 @@ lacks. For a process of its own, before vLLM is imported there: vLLM remembers w
 """
 
 import atexit
+import re
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
-GIB = 2**30
+KIB, GIB = 2**10, 2**30
 
 
 class Gpu(NamedTuple):
@@ -21,13 +22,14 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     memory: int
     processors: int
+    shared_memory: int  # that a block of threads can have
 
 
 GPUS = {
-    "A100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB, 108),
-    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 132),
-    "H200": Gpu("NVIDIA H200", (9, 0), 141 * GIB, 132),
-    "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 * GIB, 128),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB, 108, 163 * KIB),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 132, 227 * KIB),
+    "H200": Gpu("NVIDIA H200", (9, 0), 141 * GIB, 132, 227 * KIB),
+    "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 * GIB, 128, 99 * KIB),
 }
 
 # What a CUDA build of vLLM brings, and a CPU build lacks. They register operators when they are imported.
@@ -67,6 +69,7 @@ def _answer_for_pytorch(gpu: Gpu) -> None:
         minor=gpu.capability[1],
         total_memory=gpu.memory,
         multi_processor_count=gpu.processors,
+        shared_memory_per_block_optin=gpu.shared_memory,
         is_integrated=False,
     )
     torch.version.cuda = "12.9"
@@ -77,6 +80,7 @@ def _answer_for_pytorch(gpu: Gpu) -> None:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "graph_pool_handle": lambda: (0, 1),
         "get_device_name": lambda device=None: gpu.name,
         "get_device_capability": lambda device=None: gpu.capability,
         "get_device_properties": lambda device=None: facts,
@@ -100,16 +104,22 @@ def _answer_for_nvml(gpu: Gpu) -> None:
 
 
 def _answer_for_libraries() -> None:
-    """Operators of the same names and schemas as on a GPU, for CPU tensors; and no matrix products in fp8 or fp4."""
+    """Operators of the same names and schemas as on a GPU, for CPU tensors; the rest can be named, and no more."""
     import torch
+    import vllm
+    from vllm.platforms.cpu import CpuPlatform
 
     for name in LIBRARIES:
         sys.modules[name] = ModuleType(name)
+    CpuPlatform.import_kernels()
     for kind in ("fp8", "block_fp8", "fp4"):
         operator = f"_C::cutlass_scaled_mm_supports_{kind}"
         torch.library.define(operator, "(int capability) -> bool")
         torch.library.impl(operator, "CompositeExplicitAutograd", lambda capability: False)
-
-    from vllm.platforms.cpu import CpuPlatform
-
-    CpuPlatform.import_kernels()
+    passes = Path(vllm.__file__).parent / "compilation" / "passes"  # they list what they might replace
+    for file in passes.rglob("*.py"):
+        for name, overload in re.findall(r"torch\.ops\._C\.(\w+)(?:\.(out))?", file.read_text()):
+            if not hasattr(torch.ops._C, name):
+                torch.library.define(f"_C::{name}", "() -> ()")
+            if overload and overload not in getattr(torch.ops._C, name).overloads():
+                torch.library.define(f"_C::{name}.{overload}", "() -> ()")

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.rehearsal.conftest import Ask
 from tests.rehearsal.gpus import GPUS
+from tests.rehearsal.machines import Ask
 
 CACHES = ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 

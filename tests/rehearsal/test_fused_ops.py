@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.rehearsal.conftest import Ask
+from tests.rehearsal.machines import Ask
 
 
 def implementations() -> dict[str, Any]:
