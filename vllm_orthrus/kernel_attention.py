@@ -36,6 +36,11 @@ def unreadable(layer: CachedLayer) -> str | None:
     attn = layer.attn
     if attn.kv_cache_dtype not in PLAIN and attn.kv_cache_dtype not in FP8:
         return f"kv_cache_dtype={attn.kv_cache_dtype} stores scales between the values"
+    if FP8.get(attn.kv_cache_dtype) == torch.float8_e4m3fn and (capability := _capability_below(8, 9)) is not None:
+        return (
+            f"kv_cache_dtype={attn.kv_cache_dtype} holds e4m3, which Triton converts from compute capability 8.9 on, "
+            f"and this GPU has {capability}; fp8_e5m2 can be read"
+        )
     if problem := packed(attn):
         return problem
     if attn.head_size & (attn.head_size - 1) or not 16 <= attn.head_size <= 256:
@@ -62,6 +67,13 @@ def _plan(attn: Any, num_reqs: int, rows: int, device: torch.device, workspace: 
         buffer=workspace,
         allocate=workspace is not None,
     )
+
+
+def _capability_below(major: int, minor: int) -> str | None:
+    """What an NVIDIA GPU has that has less than this."""
+    if not current_platform.is_cuda() or current_platform.has_device_capability((major, minor)):
+        return None
+    return str(current_platform.get_device_capability().as_version_str())
 
 
 class KernelAttention(BlockAttention):

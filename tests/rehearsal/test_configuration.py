@@ -1,0 +1,80 @@
+"""`vllm serve Qwen/Qwen3-8B` with its head, on the GPUs that people have."""
+
+from typing import Any
+
+import pytest
+
+from tests.rehearsal.gpus import GPUS
+from tests.rehearsal.machines import Ask
+from tests.rehearsal.qwen3 import BLOCK, configure, load
+
+# Requests, of these at a time, and tokens per step, as vLLM chooses them by the GPU's name and memory.
+SERVING = {
+    "A100": (256, 64, 2048),
+    "H100": (1024, 256, 8192),
+    "H200": (1024, 256, 8192),
+    "RTX 4090": (256, 64, 2048),
+}
+CAPTURED = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+def configuration() -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    from vllm_orthrus.integration import PATCHES, State
+    from vllm_orthrus.integration.cpu import interpreter_enabled
+
+    config = configure()
+    compilation, scheduler, ours = config.compilation_config, config.scheduler_config, config.speculative_config
+    return {
+        "platform": type(current_platform).__name__,
+        "mode": compilation.cudagraph_mode.name,
+        "captured": compilation.cudagraph_capture_sizes,
+        "limits": (scheduler.max_num_seqs, scheduler.max_num_active_seqs, scheduler.max_num_batched_tokens),
+        "asynchronous": scheduler.async_scheduling,
+        "ours": (ours.orthrus_block_size, ours.num_speculative_tokens, ours.orthrus_passes, ours.orthrus_attention),
+        "runner": config.use_v2_model_runner,
+        "interpreter": interpreter_enabled(),
+        "patches": {patch.state for patch in PATCHES if patch.applies()} == {State.APPLIED},
+    }
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_serving_with_defaults(gpu: str, ask: Ask) -> None:
+    assert ask(gpu, configuration) == {
+        "platform": "NvmlCudaPlatform",
+        "mode": "FULL_AND_PIECEWISE",
+        "captured": CAPTURED,
+        "limits": SERVING[gpu],
+        "asynchronous": True,
+        "ours": (BLOCK, 15, "one", "auto"),
+        "runner": True,
+        "interpreter": False,
+        "patches": True,
+    }
+
+
+def chosen() -> dict[str, Any]:
+    """What target and head choose once they are loaded."""
+    loaded = load()
+    speculator = loaded.speculator
+    return {
+        "target": {layer.attn_backend.get_name() for layer in loaded.attention},
+        "support": loaded.support.min_cg_support.name,
+        "mode": loaded.mode.name,
+        "draft passes": type(speculator.attention).__name__,
+        "hypotheses": type(speculator.one_pass.attention.blocks).__name__,
+        "graphs": (bool(speculator.graphs.graphs), bool(speculator.outcome_graphs.graphs)),
+    }
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_kernels_and_graphs(gpu: str, ask: Ask) -> None:
+    assert ask(gpu, chosen) == {
+        "target": {"FLASH_ATTN"},
+        "support": "ALWAYS" if GPUS[gpu].capability[0] == 9 else "UNIFORM_BATCH",  # FlashAttention 3 or 2
+        "mode": "FULL_AND_PIECEWISE",
+        "draft passes": "KernelAttention",
+        "hypotheses": "KernelAttention",
+        "graphs": (True, True),
+    }
