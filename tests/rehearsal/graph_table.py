@@ -37,7 +37,7 @@ class Serving(NamedTuple):
     """What a GPU's defaults are."""
 
     max_num_seqs: int
-    active: int
+    at_once: int  # requests of one draft pass
     max_num_batched_tokens: int
     attention: str
     mode: str
@@ -52,8 +52,8 @@ def ask_managers() -> Serving:
 
     loaded = load()
     scheduler, speculator = loaded.config.scheduler_config, loaded.speculator
-    one_pass, block = speculator.one_pass, speculator.block
-    verified = one_pass.verified
+    shape, block = speculator.shape, speculator.block
+    verified = shape.verified
 
     def find(manager: Any, requests: int, tokens: int, each: int | None) -> Graph:
         found, _ = dispatch_cg_and_sync_dp(manager, requests, tokens, each, 1, 0, uniform_decode=each is not None)
@@ -63,20 +63,20 @@ def ask_managers() -> Serving:
         verification = find(loaded.target_graphs, n, n * verified, verified)
         padded = verification.requests or n
         # Graphs of single pieces have no place for hypotheses; no graph at all is as good as a full one.
-        hypotheses = 0 if verification.mode == "PIECEWISE" else one_pass.num_hypotheses(padded)
+        hypotheses = 0 if verification.mode == "PIECEWISE" else shape.num_hypotheses(padded)
         outcome = speculator.outcome_graphs.find(padded)
         return Batch(
             n,
             verification,
             hypotheses,
             None if outcome is None else Graph(outcome.cg_mode.name, outcome.num_reqs, outcome.num_tokens),
-            find(speculator.graphs, n, n * block, block),
+            find(speculator.graphs, min(n, speculator.at_once), min(n, speculator.at_once) * block, block),
             find(loaded.target_graphs, n, (n - 1) * verified + PROMPT, None),
         )
 
     return Serving(
         scheduler.max_num_seqs,
-        scheduler.max_num_active_seqs or scheduler.max_num_seqs,
+        speculator.at_once,
         scheduler.max_num_batched_tokens,
         loaded.attention[0].attn_backend.get_name(),
         loaded.mode.name,
@@ -105,8 +105,7 @@ whether a capture succeeds, and how fast anything is.
 every supported vLLM.
 
 {serving_table(found)}
-Fewer requests run at a time than vLLM admits, because a step must have room for one block of each;
-`--max-num-batched-tokens` lifts this. Scheduling is asynchronous.
+Larger batches draft in turns. Scheduling is asynchronous.
 
 ## By number of requests
 
@@ -118,12 +117,20 @@ drafts come from a pass of their own.
 
 
 def serving_table(found: dict[str, Serving]) -> str:
-    names = ["GPU", "`max_num_seqs`", "of these at a time", "`max_num_batched_tokens`", "attention", "graphs", "up to"]
+    names = [
+        "GPU",
+        "`max_num_seqs`",
+        "of these in one draft pass",
+        "`max_num_batched_tokens`",
+        "attention",
+        "graphs",
+        "up to",
+    ]
     rows = [
         [
             gpu,
             serving.max_num_seqs,
-            serving.active,
+            serving.at_once,
             serving.max_num_batched_tokens,
             serving.attention,
             serving.mode,
