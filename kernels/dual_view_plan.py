@@ -69,6 +69,11 @@ def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torc
     return Tiles(rows, 32, 4, 2, 2)
 
 
+# Every split writes a partial result and reads it again. Beyond this many for each place of the device, that costs more
+# than the places that stand idle in the last wave.
+MOST_WAVES = 4
+
+
 def choose_splits(programs: int, per_sm: int, target: Target) -> int:
     """The fewest splits that keep at least 95 % of the device's places busy if all prefixes are equally long."""
     if target is INTERPRETER:
@@ -76,6 +81,8 @@ def choose_splits(programs: int, per_sm: int, target: Target) -> int:
     places = target.multiprocessors * per_sm
     best, best_use = 1, 0.0
     for splits in range(1, max(places // programs, 8) + 1):
+        if splits > 1 and programs * splits > MOST_WAVES * places:
+            break
         waves = -(-programs * splits // places)
         use = programs * splits / (waves * places)
         if use > best_use + 0.02:

@@ -66,8 +66,8 @@ class Loaded(NamedTuple):
 
 
 @cache
-def load() -> Loaded:
-    """Target and head with default settings, in the order in which vLLM's worker and runner do it."""
+def load(*settings: tuple[str, Any]) -> Loaded:
+    """Target and head, in the order in which vLLM's worker and runner do it; with these settings of the head's."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import ensure_model_parallel_initialized, init_distributed_environment
@@ -79,7 +79,7 @@ def load() -> Loaded:
 
     from vllm_orthrus.speculator import OrthrusSpeculator
 
-    config, device = configure(), torch.device("meta")
+    config, device = configure(dict(settings)), torch.device("meta")
     most, drafts = config.scheduler_config.max_num_seqs, config.speculative_config.num_speculative_tokens
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
@@ -99,7 +99,7 @@ def load() -> Loaded:
         mode = resolve(config, support, cache_config)
         target_graphs = ModelCudaGraphManager(config, device, mode, decode_query_len=1 + drafts)
         speculator.init_cudagraph_manager(mode)
-    for manager in (target_graphs, speculator.graphs, speculator.outcome_graphs):
+    for manager in filter(None, (target_graphs, speculator.graphs, speculator.outcome_graphs)):
         manager.graphs = dict.fromkeys(graph for graphs in manager._capture_descs.values() for graph in graphs)
         manager._graphs_captured = True  # as after a capture, which needs the device
     return Loaded(config, list(attention.values()), speculator, support, mode, target_graphs)
