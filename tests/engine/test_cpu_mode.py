@@ -44,6 +44,28 @@ def test_device_library_functions_are_interpreted() -> None:
     assert torch.allclose(out, torch.tensor([0.5, 0.5 + math.log(2), float("-inf"), -1.0]))
 
 
+@triton.jit
+def _bfloat16(x, y, greater, least, sum, rounded, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, BLOCK)
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(greater + at, (a >= b).to(tl.int32))
+    tl.store(least + at, tl.minimum(a, b))
+    tl.store(sum + at, a + b)
+    tl.store(rounded + at, (a.to(tl.float32) * 1.00390625).to(tl.bfloat16))
+
+
+def test_bfloat16_values_are_numbers() -> None:
+    """Triton's interpreter keeps them as integers, in which -1 is more than 1, and cut the digits off."""
+    x = torch.tensor([-1.0, 1.0, -3.5, 1.9921875, 0.0, float("-inf"), 3.0e38, 5.0], dtype=torch.bfloat16)
+    y = torch.tensor([1.0, -1.0, -3.25, 1.9921875, -0.0, -2.0, 3.0e38, float("nan")], dtype=torch.bfloat16)
+    greater, results = torch.empty(8, dtype=torch.int32), [torch.empty_like(x) for _ in range(3)]
+    _bfloat16[(1,)](x, y, greater, *results, BLOCK=8)
+    assert greater.tolist() == (x >= y).int().tolist()
+    expected = (torch.where(y.isnan(), x, torch.minimum(x, y)), x + y, (x.float() * 1.00390625).bfloat16())
+    for result, right in zip(results, expected, strict=True):
+        assert torch.equal(result.float().nan_to_num(-7), right.float().nan_to_num(-7))
+
+
 def _child(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,7 @@ def complete() -> None:
     if not _completed:
         _accept_integer_masks()
         _implement_library_functions()
+        _compute_in_bfloat16()
         _leave_overflow_unchecked()
         _patch_language_once()
         _pass_tensors_as_they_are()
@@ -90,6 +91,51 @@ def _implement_library_functions() -> None:
 
     libdevice.log1p = elementwise(np.log1p)
     libdevice.isnan = elementwise(np.isnan, tl.int1)
+
+
+def _compute_in_bfloat16() -> None:
+    """Compare, combine and round bfloat16 values as numbers.
+
+    The interpreter keeps them as the integers of their bits, and compares and adds those: vLLM's rank of a most
+    probable token whose logit is negative came out as the last. Made of a single, a value was cut off, not rounded.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    binary, unary, cast = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op, InterpreterBuilder.cast_impl
+
+    def widened(bits: Any) -> Any:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def rounded(values: Any) -> Any:
+        """To the nearest, and to the even one of two."""
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(np.shape(values))
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[[Any, Any], Any]) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        result = op(widened(lhs.data), widened(rhs.data))
+        return TensorHandle(result if result.dtype == np.bool_ else rounded(result), tl.bfloat16)
+
+    def unary_op(self: Any, arg: Any, op: Callable[[Any], Any]) -> Any:
+        if arg.dtype.scalar != tl.bfloat16:
+            return unary(self, arg, op)
+        return TensorHandle(rounded(op(widened(arg.data))), tl.bfloat16)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(widened(src.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(rounded(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.unary_op = unary_op
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 def _leave_overflow_unchecked() -> None:

@@ -48,6 +48,7 @@ def ranks(
     logits_stride: int,
     token_ids_ptr: torch.Tensor,
     vocab_size: int,
+    BLOCK_SIZE: int,
     **_: Any,
 ) -> None:
     (n,) = grid
@@ -55,7 +56,10 @@ def ranks(
     out = flat(output_ptr)
     for i in range(n):
         values = floats(logits_ptr, logits[i])
-        out[i] = np.count_nonzero(values >= values[tokens[i]])
+        value = values[tokens[i]]
+        out[i] = np.count_nonzero(values >= value)
+        if value == -np.inf:  # the kernel counts what fills its last block, too
+            out[i] += -vocab_size % BLOCK_SIZE
 
 
 @native(_LOGPROB + "_fill_logprob_token_ids_kernel", "0024f9954042")

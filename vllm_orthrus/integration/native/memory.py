@@ -35,8 +35,8 @@ class _Memory:
 
 
 def _array(address: int, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    if 0 in shape:  # such a pointer may be null
-        return np.empty(shape, dtype)
+    if address == 0:  # of a tensor without elements
+        return np.empty((0,) * len(shape), dtype)
     return np.asarray(_Memory(address, dtype, shape, strides))
 
 
