@@ -50,7 +50,7 @@ def default_path(check: str, gpu: str, folder: Path = FOLDER) -> Path:
 
 
 def environment() -> dict[str, Any]:
-    facts: dict[str, Any] = {"gpu": platform.machine(), "processor": platform.machine()}
+    facts: dict[str, Any] = {"gpu": f"none, {platform.machine()}"}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts |= {

@@ -176,7 +176,7 @@ def widen_base(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.
     folder.mkdir(parents=True)
     write_json(folder / "config.json", widening.config)
     file_of = {}
-    for number, tensors in enumerate(widening.base(_read(base / WEIGHTS))):
+    for number, tensors in enumerate(widening.base(read_tensors(base / WEIGHTS))):
         file = f"model-{number:05}.safetensors"
         write_tensors(folder / file, tensors)
         file_of |= dict.fromkeys(tensors, file)
@@ -191,7 +191,7 @@ def widen_head(head: Path, widening: Widening, folder: Path) -> None:
     save_head(folder, widening.head(dict(checkpoint.tensors())), config)
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
 

@@ -54,21 +54,21 @@ def widened(folder: Path) -> Reference:
 
 
 @torch.inference_mode()
-def both_views(reference: Reference, prompts: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+def both_views(reference: Reference, prompts: list[list[int]]) -> list[Tensor]:
     """Logits of every prompt, and of the block behind it."""
-    verified, drafted = [], []
+    found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         cache = reference.new_cache(1, len(prompt))
-        verified.append(reference.logits(reference.autoregressive(ids, torch.arange(len(prompt))[None], cache))[0])
+        found.append(reference.logits(reference.autoregressive(ids, torch.arange(len(prompt))[None], cache))[0])
         prefix = torch.tensor([len(prompt) - 1])  # the last token is the anchor
-        drafted.append(reference.logits(reference.diffusion(ids[:, -1], prefix, cache))[0])
-    return verified, drafted
+        found.append(reference.logits(reference.diffusion(ids[:, -1], prefix, cache))[0])
+    return found
 
 
 def distance(trained: Reference, wide: Reference, prompts: list[list[int]]) -> float:
     """Between the logits of both, over all tokens that both have."""
-    pairs = zip(sum(both_views(trained, prompts), []), sum(both_views(wide, prompts), []), strict=True)
+    pairs = zip(both_views(trained, prompts), both_views(wide, prompts), strict=True)
     return max(float((theirs[:, : mine.shape[1]] - mine).abs().max()) for mine, theirs in pairs)
 
 
@@ -76,7 +76,7 @@ def test_the_same_logits_in_both_views(tmp_path: Path, trained: Reference, promp
     wide = widened(tmp_path)
     assert distance(trained, wide, prompts) < 2e-4
     known = trained.shape.vocab_size
-    for logits in sum(both_views(wide, prompts), []):
+    for logits in both_views(wide, prompts):
         assert logits[:, known:].max() < logits[:, :known].min() - 100, "tokens that were added could be chosen"
 
 
@@ -89,7 +89,7 @@ def test_the_same_text_and_acceptance(tmp_path: Path, trained: Reference, prompt
 def test_what_zeros_change_is_noticed(
     forgotten: str, tmp_path: Path, trained: Reference, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms that are not rescaled, values away from their rotary frequency, and query heads that read another's keys."""
+    """Norms as they were, values away from their rotary frequency, and query heads that read another's keys."""
     if forgotten == "scale":
         monkeypatch.setattr(widen.Widening, "scale", lambda self, part: 1.0)
     elif forgotten == "places":
