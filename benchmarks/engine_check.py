@@ -49,6 +49,7 @@ class PhaseEvidence(Evidence):
     phase: str
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    postponed: dict[str, str] = field(default_factory=dict)  # engines that there was no time for
     red: dict[str, list[str]] = field(default_factory=dict)
     near_ties: dict[str, list[str]] = field(default_factory=dict)
     finished: bool = False
@@ -128,7 +129,7 @@ def run_engine(task: dict[str, Any], timeout: float, keep: Keep) -> None:
 
 def run_phase(phase: Phase, scale: Scale, evidence: PhaseEvidence, deadline: float) -> None:
     """Ask every engine what is still missing, as far as there is time."""
-    evidence.failed = {}
+    evidence.failed, evidence.postponed = {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         starts = [start for start in phase.starts(scale, folder) if evidence.missing(start)]
@@ -140,7 +141,7 @@ def run_phase(phase: Phase, scale: Scale, evidence: PhaseEvidence, deadline: flo
             seconds = start.seconds * slower + (0 if prepared else phase.prepare_seconds)
             print(f"  {number}/{len(starts)} {start.name}: up to {seconds:.0f} s, {left:.0f} s left", flush=True)
             if left < seconds:
-                evidence.failed[start.name] = f"no time: it may take {seconds:.0f} s, and {left:.0f} s were left"
+                evidence.postponed[start.name] = f"it may take {seconds:.0f} s, and {left:.0f} s were left"
                 evidence.write()
                 continue
             began = time.monotonic()
@@ -199,6 +200,8 @@ def lines(evidence: PhaseEvidence, starts: list[Start], reason: Callable[[str], 
         yield from (f"  near tie  {name}: {tie}" for tie in found)
     for name, problem in evidence.failed.items():
         yield f"  FAILED  {name}: {problem.splitlines()[0]}"
+    for name, time_left in evidence.postponed.items():
+        yield f"  to be done  {name}: {time_left}"
     plain = evidence.engines.get("plain", {})
     for start in starts:
         found = evidence.engines.get(start.name, {})

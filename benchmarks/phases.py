@@ -67,7 +67,6 @@ WAYS: dict[str, Speculative] = {
     "one pass": {"orthrus_passes": "one"},
     "one pass, fused": {"orthrus_passes": "one", "orthrus_attention": "kernel", "orthrus_verification": "fused"},
 }
-DRAFTS = 15  # with the anchor, sixteen verified rows
 
 
 class Scale(NamedTuple):
@@ -85,6 +84,7 @@ class Scale(NamedTuple):
     rows_points: tuple[tuple[int, int], ...] = ((1, 2048), (1, 16384))
     points: tuple[tuple[int, int], ...] = ((1, 1024), (1, 16384), (1, 65536), (8, 1024), (8, 16384), (64, 1024))
     block: int = 32  # of the released heads
+    drafts: int = 15  # with the anchor, sixteen verified rows
     steps: int = 40
     wide_dtype: str = "bfloat16"
     oracles: tuple[str, ...] = ("float32", "bfloat16")
@@ -210,7 +210,7 @@ def answering(scale: Scale, at_once: tuple[int, ...], close: bool, stop: bool = 
 
 def stepping(scale: Scale, shape: Mapping[str, Any], points: tuple[tuple[int, int], ...]) -> tuple[dict[str, Any], Any]:
     """Engine options for a shape without weights that holds these points, and what to ask."""
-    room = (scale.steps + 24) * (DRAFTS + 1)  # that all steps accept everything
+    room = (scale.steps + 24) * (scale.drafts + 1)  # that all steps accept everything
     tokens = max(requests * (context + room) for requests, context in points)
     per_token = (
         4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
@@ -244,8 +244,8 @@ def start_rows(scale: Scale, folder: Path) -> list[Start]:
     plain = Start("plain", "plain", {"model": str(folder / "base"), **options}, ask, 75)
     starts = [plain]
     for hypotheses, block in scale.rows:
-        rows = DRAFTS + 1 + hypotheses * block
-        settings = {"orthrus_hypotheses": hypotheses, "orthrus_rows": rows, "num_speculative_tokens": DRAFTS}
+        rows = scale.drafts + 1 + hypotheses * block
+        settings = {"orthrus_hypotheses": hypotheses, "orthrus_rows": rows, "num_speculative_tokens": scale.drafts}
         engine = plain.engine | speculating("one pass", folder / f"head-{block}", **settings)
         starts.append(Start(f"{rows} rows", "one pass", engine, ask, 85))
     return starts
