@@ -391,7 +391,7 @@ def judge_steps(scale: Scale, findings: Findings) -> Verdict:
 
 
 PHASES = {
-    "oracle": Phase(start_oracles, write_oracles, 20, judge_oracles),
+    "oracle": Phase(start_oracles, write_oracles, 40, judge_oracles),
     "rows": Phase(start_rows, write_facts, 1, judge_rows, needs=("oracle",)),
     "text": Phase(start_text, write_nothing, 0, judge_text),
     "wide": Phase(start_wide, write_wide, 45, judge_wide, needs=("oracle", "text")),
