@@ -2,7 +2,7 @@
 # make serve    keep it served, on port 8000
 # make test     all tests, against both supported versions of vLLM
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
-# make engine-check    the same for the whole engine
+# make engine-check    the same for the whole engine, in phases: those that have no evidence yet
 # make lint, unit, kernels, engine, engine-newer    parts of that
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,199 +1,301 @@
-"""The whole engine on a GPU: first whether it drafts as it must, then what a step costs.
+"""The whole engine on a GPU, in phases: first whether it drafts as it must, then what that costs.
 
-    python -m benchmarks.engine_check [--out FILE] [--minutes 9]
+    python -m benchmarks.engine_check [--phase NAME] [--anew] [--folder FOLDER] [--minutes 9]
 
-Needs vLLM and this package. Right means: the tiny trained model in examples/ says the same in one pass, in two and
-without drafts, in float32, and accepts as many drafts as it does elsewhere. Only then are steps timed, at the shape of
-Qwen3-8B with random weights: plain, two passes, one pass, one pass with fused verification, and how they compare.
-Everything is written after each engine, so what there was no time for costs nothing else.
+Needs vLLM and this package. `phases.py` says what the phases are: oracle, rows, text, wide, steps. Each ends within the
+minutes given, as no engine is started that could not end by then, and writes a file of its own after every answer and
+every point. Called again, a phase goes on where it stopped; one that has everything is not run again. Findings of
+another environment are never added to: --anew replaces them, --folder puts new ones beside them.
+
+A phase that finds something wrong doesn't keep later ones from running, but no speed is printed for a way of decoding
+that is wrong. Texts may part at near ties (`near_ties.py`). Exit status 1: something is wrong, failed, or is still to
+be done. Exit status 2: there is no GPU, or the findings at hand come from elsewhere.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
 
-from benchmarks.evidence import ROOT, Evidence, default_path
-from benchmarks.gpu_check import environment
-from vllm_orthrus.heads import HeadConfig, write_json
+from benchmarks.evidence import FOLDER, ROOT, Evidence, default_path, differences, environment
+from benchmarks.phases import PHASES, TINY, Phase, Scale, Start
 
-TINY = ROOT / "examples" / "tiny-orthrus"
-QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "dtype": "bfloat16",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-}
-BLOCK = 32
-POINTS = [(1, 1024), (1, 16384), (1, 65536), (8, 1024), (8, 16384), (64, 1024)]
+# Triton's products of float32 are otherwise TF32 on a GPU, and vLLM's attention for float32 is made of those.
+EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
 
-Speculative = dict[str, Any] | None
-WAYS: dict[str, Speculative] = {
-    "plain": None,
-    "two passes": {"orthrus_passes": "two"},
-    "one pass": {"orthrus_passes": "one"},
-    "one pass, fused": {"orthrus_passes": "one", "orthrus_attention": "kernel", "orthrus_verification": "fused"},
-}
+Keep = Callable[[dict[str, Any]], None]
+
+
+class OtherEnvironmentError(Exception):
+    """There are findings already, and they come from another machine, other packages or other code."""
 
 
 @dataclass
-class EngineEvidence(Evidence):
-    correctness: dict[str, Any] = field(default_factory=dict)
-    red: list[str] = field(default_factory=list)
-    seconds_per_step: dict[str, Any] = field(default_factory=dict)
+class PhaseEvidence(Evidence):
+    """What the engines of a phase told, by name. Everything else here follows from it."""
+
+    phase: str
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    postponed: dict[str, str] = field(default_factory=dict)  # engines that there was no time for
+    red: dict[str, list[str]] = field(default_factory=dict)
+    near_ties: dict[str, list[str]] = field(default_factory=dict)
+    finished: bool = False
+
+    @classmethod
+    def open(cls, folder: Path, phase: str, facts: dict[str, Any], anew: bool = False) -> "PhaseEvidence":
+        """Those at hand, to be added to, or none yet."""
+        evidence = cls(default_path(f"engine_check-{phase}", facts["gpu"], folder), facts, phase)
+        if evidence.path.is_file() and not anew:
+            found = json.loads(evidence.path.read_text())
+            other = differences(facts, found["environment"])
+            if other:
+                raise OtherEnvironmentError(
+                    f"{evidence.path} comes from elsewhere ({'; '.join(other)}), and findings are not mixed. "
+                    "Give --anew to replace it, or --folder to put new findings beside it."
+                )
+            return cls(evidence.path, **found)
+        return evidence
+
+    def keep(self, name: str, part: dict[str, Any]) -> None:
+        found = self.engines.setdefault(name, {})
+        for kind, value in part.items():
+            if kind == "started":
+                found[kind] = value
+            elif kind == "answers":
+                found.setdefault("answers", []).append(value)
+            elif kind == "step":
+                found.setdefault("steps", []).append(value)
+        self.write()
+
+    def missing(self, start: Start) -> dict[str, Any] | None:
+        """What is still to be asked of an engine."""
+        found, ask = self.engines.get(start.name, {}), dict(start.ask)
+        if "at_once" in ask:
+            known = {answers["at_once"] for answers in found.get("answers", [])}
+            ask["at_once"] = [at_once for at_once in ask["at_once"] if at_once not in known]
+        if "points" in ask:
+            measured = {(step["requests"], step["context"]) for step in found.get("steps", [])}
+            ask["points"] = [point for point in ask["points"] if tuple(point) not in measured]
+        return ask if ask.get("at_once") or ask.get("points") else None
+
+    def judge(self, phase: Phase, scale: Scale) -> None:
+        verdict = phase.judge(scale, {name: found for name, found in self.engines.items() if "started" in found})
+        self.red = {name: problems for name, problems in verdict.red.items() if problems}
+        self.near_ties = verdict.near_ties
+        self.write()
 
 
-def run_engine(task: dict[str, Any], timeout: float) -> dict[str, Any]:
+def run_engine(task: dict[str, Any], timeout: float, keep: Keep) -> None:
+    """Start an engine in a process of its own, and hand on what it tells, as soon as it does."""
     command = [sys.executable, "-m", "benchmarks.engine_run", json.dumps(task)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return found
-    raise RuntimeError((done.stderr or done.stdout)[-2000:])
-
-
-def each_way(evidence: EngineEvidence, deadline: float, what: str) -> Iterator[tuple[str, Speculative, float]]:
-    for way, speculative in WAYS.items():
-        left = deadline - time.monotonic()
-        if left < 30:
-            evidence.failed[f"{what}, {way}"] = "no time left"
-            evidence.write()
-            continue
-        yield way, speculative, left
-
-
-def check(evidence: EngineEvidence, deadline: float, per_class: int, length: int) -> bool:
-    """Whether all ways say the same, and draft as well as the head can."""
-    from transformers import AutoTokenizer
-
-    from vllm_orthrus.training.evaluate import read_prompts
-
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
-    taken: dict[str, list[list[int]]] = {}
-    for prompt in read_prompts(TINY / "heldout.jsonl", tokenizer):
-        taken.setdefault(prompt.kind, []).append(prompt.tokens)
-    prompts = [tokens for of_kind in taken.values() for tokens in of_kind[:per_class]]
-    options = {"model": str(TINY / "base"), "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16}
-    said: dict[str, list[list[int]]] = {}
-    for way, speculative, left in each_way(evidence, deadline, "correctness"):
-        engine = options | ({} if speculative is None else {"speculative_config": drafting(TINY / "head", speculative)})
-        task = {"engine": engine, "prompts": prompts, "length": length, "stop": [tokenizer.eos_token_id]}
+    exact = EXACT_FLOAT32 if task["engine"].get("dtype") == "float32" else {}
+    last: deque[str] = deque(maxlen=40)  # lines of a log, in case it fails
+    done = False
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | exact, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        alarm = Timer(timeout, process.kill)
+        alarm.start()
         try:
-            found = run_engine(task, left)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            evidence.failed[f"correctness, {way}"] = str(error)
-            evidence.red.append(f"{way}: did not run")
-            evidence.write()
-            continue
-        said[way] = found.pop("tokens")
-        evidence.correctness[way] = found | {"prompts": len(prompts)}
-        evidence.red += judge(way, found, said)
-        evidence.write()
-        print(f"{way}: {found['counted']}, graphs {found['cudagraph_mode']}", flush=True)
-    return not evidence.red and len(said) == len(WAYS)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("PART "):
+                    part = json.loads(line.removeprefix("PART "))
+                    done = done or "done" in part
+                    keep(part)
+                else:
+                    last.append(line)
+        finally:
+            ended_by_us = not alarm.is_alive()
+            alarm.cancel()
+            process.kill()
+    if not done:
+        why = f"did not end within {timeout:.0f} s" if ended_by_us else "ended before it had told everything"
+        raise RuntimeError(f"{why}:\n{''.join(last)[-3000:]}")
 
 
-def judge(way: str, found: dict[str, Any], said: dict[str, list[list[int]]]) -> list[str]:
-    """What is wrong with an answer. The head's own figures are known: 3.9 tokens per cycle on these prompts."""
-    if way == "plain":
-        return []
-    problems, counted = [], found["counted"]
-    different = sum(mine != plain for mine, plain in zip(said[way], said.get("plain", []), strict=True))
-    if different:
-        problems.append(f"{way}: {different} of {len(said[way])} texts differ from plain decoding")
-    cycles = counted["vllm:spec_decode_num_drafts"]
-    per_cycle = 1 + counted["vllm:spec_decode_num_accepted_tokens"] / cycles
-    if per_cycle < (3.0 if way == "two passes" else 2.5):
-        problems.append(f"{way}: {per_cycle:.2f} tokens per cycle, so drafts are not what they should be")
-    if way.startswith("one pass") and not counted.get("vllm:orthrus_hits", 0):
-        problems.append(f"{way}: no outcome was foreseen, so hypotheses did not ride along")
-    return problems
-
-
-def drafting(head: Path, speculative: dict[str, Any]) -> dict[str, Any]:
-    return {"method": "orthrus", "model": str(head), **speculative}
-
-
-def measure(evidence: EngineEvidence, deadline: float, shape: dict[str, Any], points: list[tuple[int, int]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        base, head = Path(folder) / "base", Path(folder) / "head"
-        block = HeadConfig.for_base(shape, BLOCK, mask_token_id=shape["vocab_size"] - 1, name=None)
-        for place, config in ((base, shape), (head, block.to_json(torch.bfloat16))):
-            place.mkdir()
-            write_json(place / "config.json", config)
-        options = {
-            "model": str(base),
-            "load_format": "dummy",
-            "max_model_len": max(context for _, context in points) + 1024,
-            "max_num_seqs": max(requests for requests, _ in points),
-        }
-        for way, speculative, left in each_way(evidence, deadline, "speed"):
-            engine = options | ({} if speculative is None else {"speculative_config": drafting(head, speculative)})
-            try:
-                found = run_engine({"engine": engine, "points": points, "steps": 40}, left)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                evidence.failed[f"speed, {way}"] = str(error)
+def run_phase(phase: Phase, scale: Scale, evidence: PhaseEvidence, deadline: float) -> None:
+    """Ask every engine what is still missing, as far as there is time."""
+    evidence.failed, evidence.postponed = {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        starts = [start for start in phase.starts(scale, folder) if evidence.missing(start)]
+        expected = phase.prepare_seconds + sum(start.seconds for start in starts)
+        print(f"{evidence.phase}: {len(starts)} engines to start, about {expected / 60:.0f} minutes", flush=True)
+        prepared, slower = False, 1.0
+        for number, start in enumerate(starts, 1):
+            left = deadline - time.monotonic()
+            seconds = start.seconds * slower + (0 if prepared else phase.prepare_seconds)
+            print(f"  {number}/{len(starts)} {start.name}: up to {seconds:.0f} s, {left:.0f} s left", flush=True)
+            if left < seconds:
+                evidence.postponed[start.name] = f"it may take {seconds:.0f} s, and {left:.0f} s were left"
                 evidence.write()
                 continue
-            evidence.seconds_per_step[way] = found
-            evidence.write()
-            show(way, found, evidence.seconds_per_step.get("plain"))
+            began = time.monotonic()
+            if not prepared:
+                phase.prepare(scale, folder)
+                print(f"    checkpoints written in {time.monotonic() - began:.0f} s", flush=True)
+                prepared, began = True, time.monotonic()
+            task = {"engine": start.engine | dict(scale.engine), **(evidence.missing(start) or {})}
+            try:
+                run_engine(task, deadline - time.monotonic(), lambda part, to=start.name: evidence.keep(to, part))
+            except RuntimeError as error:
+                evidence.failed[start.name] = str(error)
+                print(f"    FAILED: {error}", flush=True)
+            took = time.monotonic() - began
+            slower = max(slower, took / start.seconds)
+            print(f"    took {took:.0f} s", flush=True)
+            evidence.judge(phase, scale)
+    everything = phase.starts(scale, Path())
+    evidence.finished = not any(evidence.missing(start) for start in everything)
+    evidence.judge(phase, scale)
 
 
-def show(way: str, found: dict[str, Any], plain: dict[str, Any] | None) -> None:
-    reference = {(step["requests"], step["context"]): step["mean"] for step in plain["steps"]} if plain else {}
-    for step in found["steps"]:
+# What is said about it
+
+
+def state(evidence: PhaseEvidence) -> str:
+    if evidence.red or evidence.failed:
+        return "red" if evidence.red else "failed"
+    if not evidence.finished:
+        return "unfinished" if evidence.engines else "not run"
+    return "right, but for near ties" if evidence.near_ties else "right"
+
+
+def untrusted(needed: Iterable[PhaseEvidence]) -> Callable[[str], str | None]:
+    """By way of decoding: why its speed would mean nothing, if it would not."""
+    needed = list(needed)
+
+    def reason(way: str) -> str | None:
+        for evidence in needed if way != "plain" else []:
+            # The oracle's engines are no ways of decoding: it speaks of drafting as such.
+            general = evidence.phase == "oracle"
+            if evidence.red if general else way in evidence.red:
+                return f"{evidence.phase} is red"
+            if not (evidence.finished if general else evidence.engines.get(way, {}).get("answers")):
+                return f"{evidence.phase} has not shown that it is right"
+        return None
+
+    return reason
+
+
+def lines(evidence: PhaseEvidence, starts: list[Start], reason: Callable[[str], str | None]) -> Iterator[str]:
+    """A phase's findings: what is wrong first, then what may be told of its speeds."""
+    for name, problems in evidence.red.items():
+        yield from (f"  RED  {name}: {problem}" for problem in problems)
+    for name, found in evidence.near_ties.items():
+        yield from (f"  near tie  {name}: {tie}" for tie in found)
+    for name, problem in evidence.failed.items():
+        yield f"  FAILED  {name}: {problem.splitlines()[0]}"
+    for name, time_left in evidence.postponed.items():
+        yield f"  to be done  {name}: {time_left}"
+    plain = evidence.engines.get("plain", {})
+    for start in starts:
+        found = evidence.engines.get(start.name, {})
+        why = "it is red" if start.name in evidence.red else reason(start.way)
+        measured = [*found.get("steps", []), *found.get("answers", [])] if evidence.phase != "oracle" else []
+        if measured and why is not None:
+            yield f"  {start.name}: speed not shown, {why}"
+            continue
+        yield from step_lines(start.name, found, plain)
+        if evidence.phase == "wide":
+            yield from answer_lines(start.name, found, plain)
+
+
+def step_lines(name: str, found: dict[str, Any], plain: dict[str, Any]) -> Iterator[str]:
+    reference = {(step["requests"], step["context"]): step for step in plain.get("steps", []) if "mean" in step}
+    for step in found.get("steps", []):
+        point = f"  {name:<16} {step['requests']:>3} x {step['context']:<6}"
+        if "skipped" in step:
+            yield f"{point} {step['skipped']}"
+            continue
         base = reference.get((step["requests"], step["context"]))
-        ratio = f"{step['mean'] / base:.2f} of plain" if base else ""
-        print(
-            f"{way}, {step['requests']} x {step['context']}: {1e3 * step['mean']:.2f} ms per step {ratio}", flush=True
-        )
+        times = f"{1e3 * step['mean']:8.2f} ms per step, {1e3 * step['forward']:8.2f} in the forward"
+        yield f"{point} {times}" + (f", {step['mean'] / base['mean']:.2f} times plain" if base else "")
+
+
+def answer_lines(name: str, found: dict[str, Any], plain: dict[str, Any]) -> Iterator[str]:
+    def rate(answers: dict[str, Any]) -> float:
+        return float(sum(map(len, answers["tokens"])) / answers["seconds"])
+
+    reference = {answers["at_once"]: rate(answers) for answers in plain.get("answers", [])}
+    for answers in found.get("answers", []):
+        at_once, counted = answers["at_once"], answers["counted"]
+        cycles = counted.get("vllm:spec_decode_num_drafts", 0)
+        line = f"  {name:<16} {at_once:>3} at once {rate(answers):8.1f} tokens per second"
+        if at_once in reference:
+            line += f", {rate(answers) / reference[at_once]:.2f} times plain"
+        if cycles:
+            line += f", {1 + counted['vllm:spec_decode_num_accepted_tokens'] / cycles:.2f} tokens per cycle"
+        yield line
+
+
+def tiny_prompts(per_class: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Held-out prompts of the tiny model, and what ends its answers."""
+    from transformers import AutoTokenizer
+
+    from vllm_orthrus.training.evaluate import first_per_class, read_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    prompts = first_per_class(read_prompts(TINY / "heldout.jsonl", tokenizer), per_class)
+    return tuple(tuple(prompt.tokens) for prompt in prompts), (tokenizer.eos_token_id,)
+
+
+def check(
+    phases: list[str], scale: Scale, folder: Path, facts: dict[str, Any], minutes: float, anew: bool = False
+) -> int:
+    """Run phases, and tell what is known of all."""
+    every = {name: PhaseEvidence.open(folder, name, facts, anew) for name in phases}
+    for name in PHASES:
+        if name not in every:
+            with suppress(OtherEnvironmentError):  # as good as none
+                every[name] = PhaseEvidence.open(folder, name, facts)
+    for name in phases:
+        evidence, phase = every[name], PHASES[name]
+        if evidence.finished:
+            print(f"{name}: has its evidence already, in {evidence.path}", flush=True)
+        else:
+            run_phase(phase, scale, evidence, time.monotonic() + 60 * minutes)
+        reason = untrusted(every.get(other) or PhaseEvidence(Path(), facts, other) for other in phase.needs)
+        print(*lines(evidence, phase.starts(scale, Path()), reason), sep="\n", flush=True)
+    print(f"\n{'phase':<8} {'state':<26} {'engines':>7}   evidence")
+    for name, evidence in every.items():
+        print(f"{name:<8} {state(evidence):<26} {len(evidence.engines):>7}   {evidence.path}")
+    return 0 if all(state(every[name]).startswith("right") for name in phases) else 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/evidence/engine_check-GPU.json")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing that could not end by then")
-    parser.add_argument("--per-class", type=int, default=8, help="prompts of each class to compare")
-    parser.add_argument("--length", type=int, default=96, help="tokens of each answer to compare")
+    parser.add_argument("--phase", choices=list(PHASES), action="append", help="default: all, in this order")
+    parser.add_argument("--anew", action="store_true", help="forget what these phases have found so far")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the evidence is, and goes")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for each phase: start nothing that could not end")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("engine-check needs a GPU that this PyTorch can use, and found none; nothing was checked or measured.")
         return 2
-    deadline = time.monotonic() + 60 * options.minutes
     facts = environment()
-    evidence = EngineEvidence(options.out or default_path("engine_check", facts["gpu"]), facts)
-    right = check(evidence, deadline, options.per_class, options.length)
-    if right:
-        measure(evidence, deadline, QWEN3_8B, POINTS)
-    else:
-        print("Not as it must be, so nothing is timed:", *evidence.red, *evidence.failed.values(), sep="\n  ")
-    evidence.write()
-    print(f"written to {evidence.path}")
-    return 0 if right and not evidence.failed else 1
+    print(f"{facts['gpu']}, torch {facts['torch']}, vLLM {facts['packages']['vllm']}", flush=True)
+    prompts, stop = tiny_prompts(per_class=8)
+    scale = Scale(prompts=prompts, stop=stop)
+    try:
+        return check(options.phase or list(PHASES), scale, options.folder, facts, options.minutes, options.anew)
+    except OtherEnvironmentError as error:
+        print(error)
+        return 2
 
 
 if __name__ == "__main__":

@@ -12,22 +12,18 @@ L2 cache: as in an engine, where every layer has a cache of its own. Exit status
 
 import argparse
 import itertools
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import LAYOUTS, Case, check
-from benchmarks.evidence import ROOT, Evidence, default_path
+from benchmarks.evidence import Evidence, default_path, environment
 from vllm_orthrus.kernels.dual_view_attention import PagedCache, dual_view_attention, make_plan
 
 DEVICE = "cuda"
@@ -90,34 +86,6 @@ class KernelEvidence(Evidence):
     not_compared: dict[str, str] = field(default_factory=dict)
     targets: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
-
-
-def environment() -> dict[str, Any]:
-    def output(*command: str) -> str | None:
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, timeout=20, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    properties = torch.cuda.get_device_properties(0)
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
-        query: output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "python": platform.python_version(),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed": output("git", "status", "--porcelain", "--", "kernels", "benchmarks"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
 
 
 def run_correctness(evidence: KernelEvidence) -> bool:
