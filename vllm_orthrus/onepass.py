@@ -11,6 +11,7 @@ Norms, MLPs and the embedding serve both kinds of rows in one product. A hypothe
 the block a separate draft pass would have computed, and there is one full-depth forward per engine step.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, 
 from vllm_orthrus.settings import DraftShape
 from vllm_orthrus.verification import BackendVerification, FusedVerification, OnePassAttention
 from vllm_orthrus.view import DiffusionView
+from vllm_orthrus.warmup import hypotheses_of_nobody
 
 
 class HypothesisRows(NamedTuple):
@@ -96,20 +98,28 @@ class OnePass:
         if not (computed >= prompt).all():
             views.blocks.prefix_lengths.fill_(-1)  # for a graph that holds places for rows all the same
             return None
+        self._fill(views, batch, num_reqs)
+        self.carried = True
+        return views
+
+    def _fill(self, views: HypothesisRows, batch: InputBatch, num_reqs: int) -> None:
+        by_block = (*views.blocks.prefix_lengths.shape, self.shape.block)
         prepare_hypotheses(
             num_reqs,
             self.state.remembered(),
             Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
             HypothesisBlocks(
-                views.input_ids.view(padded, count, self.shape.block),
-                views.positions.view(padded, count, self.shape.block),
-                views.blocks.prefix_lengths,
+                views.input_ids.view(by_block), views.positions.view(by_block), views.blocks.prefix_lengths
             ),
             self.shape.mask_token_id,
             self.model_config.max_model_len,  # which `--max-model-len auto` lowers once the cache is known
         )
-        self.carried = True
-        return views
+
+    def warm_up(self, batch: InputBatch) -> Iterator[int]:
+        """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
+        for num_reqs in hypotheses_of_nobody(self):
+            self._fill(self.views(num_reqs), batch, 0)
+            yield num_reqs
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
         """Rows without a hypothesis, to capture a graph with."""

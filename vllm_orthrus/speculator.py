@@ -55,6 +55,7 @@ from vllm_orthrus.onepass import OnePass
 from vllm_orthrus.settings import DraftShape
 from vllm_orthrus.verification import refuse_unfusable
 from vllm_orthrus.view import DiffusionView
+from vllm_orthrus.warmup import attend_to_nothing
 from vllm_orthrus.write_through import CheckedAttention, WriteThroughAttention
 
 logger = init_logger("vllm.orthrus")
@@ -89,6 +90,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.every_row = torch.arange(room, device=device)
         self.draft_columns = torch.arange(drafts, dtype=torch.int32, device=device).repeat(room)
         self.attention: BlockAttention | None = None
+        self.warm = False  # every form of our kernels that a step may launch has been launched
         # vLLM measures graph memory with a throw-away cache first and then clears attributes of this type.
         self.graphs: BlockGraphs | None = None
         self.outcome_graphs: OutcomeGraphs | None = None
@@ -284,6 +286,8 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         slots = input_batch.idx_mapping_np[:num_reqs]
         carried = self.one_pass is not None and self.one_pass.carried
         sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        if not self.warm and not carried and runs_triton(self.device):
+            self._warm_up(input_batch, *sampled)
         if carried and self.current[slots].all():
             self.rows.prepare(self.every_row[:num_reqs], input_batch, *sampled)
             self._stage(num_reqs, num_sampled, num_rejected)
@@ -309,6 +313,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
                 self.current[slots[turn]] = True
             drafts[rows] = self.drafts[: len(turn)]
         return drafts
+
+    def _warm_up(self, input_batch: InputBatch, *sampled: torch.Tensor) -> None:
+        """In the first step, which vLLM makes up before it serves: its tensors have the types of all others."""
+        assert self.attention is not None
+        self.rows.prepare(self.every_row[:0], input_batch, *sampled)
+        for num_reqs in range(1, self.at_once + 1):
+            attend_to_nothing(self.attention, self.rows.blocks(num_reqs, 0))
+        if self.one_pass is not None:
+            self.num_sampled.zero_()
+            for num_reqs in self.one_pass.warm_up(input_batch):
+                self._take_up(num_reqs)
+        self.warm = True
 
     def counts(self) -> dict[str, int] | None:
         """What one-pass drafting has counted since the start; the device's part may be a few steps old."""

@@ -31,6 +31,10 @@ class OnePassAttention(ABC):
     def clear(self) -> None:
         """The coming verification has no rows: a graph captures it, or it only warms something up."""
 
+    def nothing(self, num_reqs: int) -> Verification | None:
+        """Verification rows of nobody, where they share a launch with hypotheses. After `clear`."""
+        return None
+
     @abstractmethod
     def begin(self, blocks: Blocks) -> None:
         """A forward with these hypotheses starts."""
@@ -104,6 +108,11 @@ class FusedVerification(OnePassAttention):
     def clear(self) -> None:
         self.starts.copy_(self.uniform)
         self.lengths.fill_(-1)
+
+    def nothing(self, num_reqs: int) -> Verification:
+        attn, rows = self.blocks.layers[0].attn, num_reqs * self.width
+        q = torch.zeros(rows, attn.num_heads, attn.head_size, dtype=attn.dtype, device=self.lengths.device)
+        return Verification(q, self.lengths, self.width, torch.empty_like(q), self.starts[: num_reqs + 1])
 
     def begin(self, blocks: Blocks) -> None:
         self.blocks.begin(blocks)

@@ -53,6 +53,7 @@ class Engine:
         self.llm = LLM(model=str(model), speculative_config=speculative, **(settings | options))
         self._poison_cache()
         self._counts = Counts(0, 0, 0)
+        self.accepted_at: Counter[int] = Counter()  # drafts that were kept, by their place
         self.one_pass: Counter[str] = Counter()  # what the front end was told of one-pass drafting, added up
         client = self.llm.llm_engine.engine_core
         receive = client.get_output
@@ -79,6 +80,7 @@ class Engine:
     def _count(self, stats: SpecDecodingStats) -> None:
         step = Counts(stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens)
         self._counts = Counts(*(total + new for total, new in zip(self._counts, step, strict=True)))
+        self.accepted_at.update(dict(enumerate(stats.num_accepted_tokens_per_pos)))
         self.one_pass.update(getattr(stats, "orthrus", None) or {})
 
     def run(self, prompts: Sequence[Sequence[int]], max_tokens: int = 32, **sampling: Any) -> Run:
