@@ -1,5 +1,6 @@
 """What vLLM decides late, or differently from the tests' usual engine: the context limit, and the cache's format."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ SMALL: dict[str, Any] = {"max_model_len": -1, "kv_cache_memory_bytes": 340 << 10
 
 
 @pytest.mark.parametrize("way", ["kernel", "gather", "write_through"])
-def test_limit_that_vllm_finds_itself(way: str, start: StartEngine, tiny: Checkpoints) -> None:
+def test_limit_that_vllm_finds_itself(
+    way: str, start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`--max-model-len auto` lowers the limit once the cache is known, after drafters are made."""
     engine = start(one_pass(tiny.block_head, orthrus_attention=way, orthrus_passes="auto"), **SMALL, max_num_seqs=2)
     limit = engine.llm.llm_engine.vllm_config.model_config.max_model_len
@@ -20,6 +23,9 @@ def test_limit_that_vllm_finds_itself(way: str, start: StartEngine, tiny: Checkp
     speculator = engine.runner.speculator
     if speculator.one_pass is not None:
         assert _furthest_of_hypotheses(engine, limit) < limit
+        with monkeypatch.context() as patch:  # a planted fault: the limit as it was when the drafter was made
+            patch.setattr(speculator.one_pass, "model_config", SimpleNamespace(max_model_len=1024))
+            assert _furthest_of_hypotheses(engine, limit) >= limit
     given = [[(5 * j) % 250 for j in range(limit - 12)]]
     plain = start(None, **SMALL, max_num_seqs=2)
     assert engine.run(given, 12).tokens == plain.run(given, 12).tokens

@@ -1,15 +1,16 @@
 """The engine with every kernel of ours in the form that a GPU runs, interpreted."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
 from tests.rehearsal.launches import Launch, Recorder
+from vllm_orthrus.kernels import hypotheses_device
 from vllm_orthrus.kernels.forms import SETTING
 from vllm_orthrus.speculator import OrthrusSpeculator
 
@@ -18,47 +19,74 @@ GIVEN = prompts(5, shortest=9)
 
 
 class Told(NamedTuple):
-    """All that an engine says and counts."""
+    """All that an engine says and counts, from its start."""
 
-    greedy: list[list[int]]
-    sampled: list[list[int]]
+    tokens: list[list[int]]
     counts: Counts
     accepted_at: dict[int, int]
-    one_pass: Counter[str]
+    one_pass: dict[str, int]
 
 
-def told_by(engine: Engine) -> Told:
-    greedy = engine.run(GIVEN, 14)
-    sampled = engine.run(GIVEN[:4], 10, temperature=0.8, seed=3)
-    counts = Counts(*(one + other for one, other in zip(greedy.counts, sampled.counts, strict=True)))
-    return Told(greedy.tokens, sampled.tokens, counts, dict(engine.accepted_at), engine.one_pass)
+def tell(engine: Engine, given: list[list[int]], length: int, **sampling: Any) -> Told:
+    run = engine.run(given, length, **sampling)
+    return Told(run.tokens, run.counts, dict(engine.accepted_at), dict(engine.one_pass))
+
+
+def greedily(engine: Engine) -> Told:
+    return tell(engine, GIVEN, 12)
+
+
+def sampling(engine: Engine) -> Told:
+    return tell(engine, GIVEN[:4], 8, temperature=0.8, seed=3)
 
 
 @pytest.fixture
-def form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def form() -> Iterator[None]:
     yield
     os.environ.pop(SETTING, None)
 
 
-def told_in(form: str, start: StartEngine, config: dict[str, Any], **options: Any) -> Told:
-    os.environ[SETTING] = form
-    engine = start(config, max_num_seqs=5, **options)
-    attention = type(engine.runner.speculator.attention).__name__
-    assert attention == {"torch": "GatherAttention", "triton": "KernelAttention"}[form]
-    return told_by(engine)
+StartForm = Callable[[str, str], Engine]
 
 
-@pytest.mark.usefixtures("form")
+@pytest.fixture
+def start_form(form: None, start: StartEngine, tiny: Checkpoints) -> StartForm:
+    """An engine whose kernels have this form, and that drafts in so many passes."""
+
+    def start_it(form: str, passes: str) -> Engine:
+        os.environ[SETTING] = form
+        engine = start(one_pass(tiny.block_head, orthrus_passes=passes, **ROWS), max_num_seqs=5)
+        attention = type(engine.runner.speculator.attention).__name__
+        assert attention == {"torch": "GatherAttention", "triton": "KernelAttention"}[form]
+        return engine
+
+    return start_it
+
+
 @pytest.mark.parametrize("passes", ["one", "two"])
-def test_tells_what_the_twins_tell(passes: str, start: StartEngine, tiny: Checkpoints) -> None:
+def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of up to five requests: the text, and every counter of acceptance and of foreseen outcomes."""
-    config = one_pass(tiny.block_head, orthrus_passes=passes, **ROWS)
-    twins, interpreted = (told_in(form, start, config) for form in ("torch", "triton"))
-    assert interpreted == twins
-    assert twins.counts.accepted > 0
-    if passes == "one":
-        assert twins.one_pass["hits"] > 0
-        assert twins.one_pass["bonus_missed"] > 0
+    twins = start_form("torch", passes)
+    expected = greedily(twins), sampling(twins)
+    interpreted = start_form("triton", passes)
+    assert (greedily(interpreted), sampling(interpreted)) == expected
+    assert expected[0].counts.accepted > 0
+    if passes == "two":
+        return
+    assert expected[1].one_pass["hits"] > 0
+    assert expected[1].one_pass["bonus_missed"] > 0
+
+    # A planted fault: the anchors, which are a column of the blocks' rows, read as if they stood side by side.
+    launch = hypotheses_device.launch_choose
+
+    def packed(*arguments: torch.Tensor) -> None:
+        outcome, bonus, candidates, drafts, anchors, *others = arguments
+        launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
+
+    monkeypatch.setattr(hypotheses_device, "launch_choose", packed)
+    faulty = greedily(start_form("triton", passes))
+    assert faulty.tokens == expected[0].tokens, "drafts never change the text"
+    assert faulty.one_pass != expected[0].one_pass
 
 
 @pytest.mark.usefixtures("form")

@@ -47,3 +47,25 @@ def test_only_while_our_passes_run(ask: Ask) -> None:
     norms = {norm: ["vllm_c", "native"] for norm in ("rms_norm", "fused_add_rms_norm")}
     assert found["meanwhile"] == found["before"] | norms != found["before"]
     assert found["after"] == found["before"]
+
+
+def naming_all() -> str:
+    """A provider that not every operator has, named for all of them."""
+    import torch
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms import current_platform
+
+    from vllm_orthrus.integration.fused_ops import BY_HAND
+
+    assert torch.cuda.is_available()
+    current_platform.import_ir_kernels()
+    try:
+        with IrOpPriorityConfig.with_default([BY_HAND, "native"]).set_priority():
+            return "taken"
+    except AssertionError as error:  # vLLM's own check
+        return str(error)
+
+
+def test_the_operators_are_those_of_a_gpu(ask: Ask) -> None:
+    """A planted fault, which once ended every engine: that machine must not let it pass."""
+    assert "must be registered" in ask("H200", naming_all)
