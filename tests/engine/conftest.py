@@ -76,10 +76,12 @@ def start(tiny: Checkpoints) -> Iterator[StartEngine]:
         engine.close()
 
 
-@pytest.fixture(scope="module")
-def plain(start: StartEngine) -> Engine:
+@pytest.fixture(scope="session")
+def plain(tiny: Checkpoints) -> Iterator[Engine]:
     """vLLM without speculation."""
-    return start(None)
+    engine = Engine(tiny.base)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="module")
