@@ -158,7 +158,7 @@ def write_random(folder: Path, shape: Mapping[str, Any], seed: int = 0) -> None:
             return torch.full(size, 2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
         gain = 2.0 if "o_proj" in name else 1.0
         spread = 2 / hidden**0.5 if "embed" in name else gain / size[1] ** 0.5
-        return torch.randn(size, generator=generator) * spread
+        return torch.randn(size, generator=generator).mul_(spread)
 
     tensors = {name: weight(name, size) for name, size in sizes.items()}
     (folder / "base").mkdir(parents=True)
@@ -400,6 +400,6 @@ PHASES = {
     "oracle": Phase(start_oracles, write_oracles, 40, judge_oracles),
     "rows": Phase(start_rows, write_facts, 1, judge_rows, needs=("oracle",)),
     "text": Phase(start_text, write_nothing, 0, judge_text),
-    "wide": Phase(start_wide, write_wide, 45, judge_wide, needs=("oracle", "text")),
+    "wide": Phase(start_wide, write_wide, 30, judge_wide, needs=("oracle", "text")),
     "steps": Phase(start_steps, write_facts, 1, judge_steps, needs=("oracle", "text")),
 }

@@ -184,7 +184,7 @@ def widen_facts(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch
 
 def widen_base(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Widening:
     widening = widen_facts(base, shape, folder, dtype)
-    file_of = {}
+    file_of: dict[str, str] = {}
     for number, tensors in enumerate(widening.base(read_tensors(base / WEIGHTS))):
         file = f"model-{number:05}.safetensors"
         write_tensors(folder / file, tensors)
