@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -151,7 +152,7 @@ def run_phase(phase: Phase, scale: Scale, evidence: PhaseEvidence, deadline: flo
                 prepared, began = True, time.monotonic()
             task = {"engine": start.engine | dict(scale.engine), **(evidence.missing(start) or {})}
             try:
-                run_engine(task, deadline - time.monotonic(), lambda part, to=start.name: evidence.keep(to, part))
+                run_engine(task, deadline - time.monotonic(), partial(evidence.keep, start.name))
             except RuntimeError as error:
                 evidence.failed[start.name] = str(error)
                 print(f"    FAILED: {error}", flush=True)
@@ -196,8 +197,8 @@ def lines(evidence: PhaseEvidence, starts: list[Start], reason: Callable[[str], 
     """A phase's findings: what is wrong first, then what may be told of its speeds."""
     for name, problems in evidence.red.items():
         yield from (f"  RED  {name}: {problem}" for problem in problems)
-    for name, found in evidence.near_ties.items():
-        yield from (f"  near tie  {name}: {tie}" for tie in found)
+    for name, near_ties in evidence.near_ties.items():
+        yield from (f"  near tie  {name}: {tie}" for tie in near_ties)
     for name, problem in evidence.failed.items():
         yield f"  FAILED  {name}: {problem.splitlines()[0]}"
     for name, time_left in evidence.postponed.items():

@@ -174,6 +174,8 @@ def seconds_per_step(llm: LLM, forwards: Forwards, requests: int, context: int, 
 
 def main() -> None:
     task, start = json.loads(sys.argv[1]), time.perf_counter()
+    if task["engine"].get("load_format") == "widened":
+        import benchmarks.widened_loader  # noqa: F401 (registers itself)
     llm = LLM(
         **{"skip_tokenizer_init": True, "disable_log_stats": False, "enable_prefix_caching": False} | task["engine"]
     )

@@ -88,8 +88,10 @@ class Shape(NamedTuple):
 class Widening:
     """Where each weight of a trained base goes in a larger one."""
 
-    def __init__(self, trained: Mapping[str, Any], shape: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.old, self.new, self.dtype = Shape.of(trained), Shape.of(shape), dtype
+    def __init__(
+        self, trained: Mapping[str, Any], shape: Mapping[str, Any], dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.old, self.new, self.dtype, self.device = Shape.of(trained), Shape.of(shape), dtype, device
         self._refuse(trained, shape)
         kept = {name: trained[name] for name in ("rope_parameters", "max_position_embeddings", "eos_token_id")}
         self.config = {
@@ -140,10 +142,11 @@ class Widening:
     def widen(self, part: str, trained: Tensor | None) -> Tensor:
         """A weight in its new size; where there is no trained one, that of a layer which adds nothing."""
         axes = AXES[part]
-        wide = torch.zeros([self.new.size(axis) for axis in axes], dtype=self.dtype)
+        wide = torch.zeros([self.new.size(axis) for axis in axes], dtype=self.dtype, device=self.device)
         if trained is not None:
-            values = (trained.double() * self.scale(part)).to(self.dtype)
-            wide[torch.meshgrid([self.places(axis) for axis in axes], indexing="ij")] = values
+            values = (trained.double() * self.scale(part)).to(self.device, self.dtype)
+            where = torch.meshgrid([self.places(axis).to(self.device) for axis in axes], indexing="ij")
+            wide[where] = values
         return wide
 
     def base(self, trained: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -171,11 +174,17 @@ class Widening:
         return {name: self.widen(part, trained.get(name)) for name, part in parts.items()}
 
 
-def widen_base(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Widening:
-    widening = Widening(json.loads((base / "config.json").read_text()), shape, dtype)
+def widen_facts(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Widening:
+    """The config alone, for whoever makes the weights where they are needed."""
+    widening = Widening(read_config(base), shape, dtype)
     folder.mkdir(parents=True)
     write_json(folder / "config.json", widening.config)
-    file_of = {}
+    return widening
+
+
+def widen_base(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Widening:
+    widening = widen_facts(base, shape, folder, dtype)
+    file_of: dict[str, str] = {}
     for number, tensors in enumerate(widening.base(read_tensors(base / WEIGHTS))):
         file = f"model-{number:05}.safetensors"
         write_tensors(folder / file, tensors)
@@ -189,6 +198,11 @@ def widen_head(head: Path, widening: Widening, folder: Path) -> None:
     facts = checkpoint.config
     config = HeadConfig.for_base(widening.config, facts.block_size, facts.mask_token_id, None)
     save_head(folder, widening.head(dict(checkpoint.tensors())), config)
+
+
+def read_config(base: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    return config
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
