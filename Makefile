@@ -1,15 +1,18 @@
 # make demo     serve the tiny model with and without its head, and compare
 # make serve    keep it served, on port 8000
+# make quick    lint, types, and the fast tests of everything that needs no vLLM
 # make test     all tests, against both supported versions of vLLM
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
-# make engine-check    the same for the whole engine, in phases: those that have no evidence yet
-# make lint, unit, kernels, engine, engine-newer    parts of that
+# make engine-check    the same for the whole engine, in phases that go on where they stopped
+# make lint, unit, kernels, rehearsal, engine, engine-newer    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 NEWER = $(VENV)/vllm-0.33
+# Two parts at a time, so each may have one core: models as small as the tests' gain nothing from more.
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs=2 --output-sync=target
 
-.PHONY: demo serve test env lint unit kernels engine engine-newer gpu-check engine-check clean
+.PHONY: demo serve quick test env newer lint unit kernels rehearsal engine engine-newer gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -17,7 +20,12 @@ demo: env
 serve: env
 	@$(VENV)/bin/vllm-orthrus demo --serve
 
-test: lint unit kernels engine engine-newer
+quick: lint
+	+@$(SIDE_BY_SIDE) unit kernels ONLY='-m "not slow"'
+
+# The longest first.
+test: lint newer
+	+@$(SIDE_BY_SIDE) engine engine-newer kernels rehearsal unit
 
 env:
 	@$(PYTHON) scripts/make_env.py --folder $(VENV)
@@ -28,18 +36,24 @@ lint: env
 	$(RUN) mypy
 
 unit: env
-	$(RUN) pytest tests/unit -q
+	$(RUN) pytest tests/unit -q $(ONLY)
 
 kernels: env
-	$(RUN) pytest tests/kernels -q
+	$(RUN) pytest tests/kernels -q $(ONLY)
+
+# What a GPU runs, on a CPU.
+rehearsal: env
+	$(RUN) pytest tests/rehearsal -q
 
 engine: env
 	$(RUN) pytest tests/engine -q
 
 # The newer vLLM has no CPU build yet; its Python runs over the older one's binaries.
-engine-newer: env
-	$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
-	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine -q -m "not slow"
+newer: env
+	@$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
+
+engine-newer: newer
+	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine tests/rehearsal -q -m "not slow"
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:

@@ -107,7 +107,17 @@ def _patches(explain: bool) -> Iterator[Finding]:
     from vllm_orthrus.integration.metrics import count_in_this_worker
 
     if interpreter_enabled():
-        yield Finding("note", "kernels", "interpreted", "no CPU compiler for Triton here: exact, but slow")
+        from vllm_orthrus.integration.native import recognised
+
+        found = recognised()
+        others = [name.partition(":")[2] for name, known in found.items() if not known]
+        yield Finding(
+            "note",
+            "kernels",
+            f"{len(found) - len(others)} of {len(found)} of vLLM's run natively",
+            "no CPU compiler for Triton here: all others are interpreted, exact but slow"
+            + (f"; so are {', '.join(others)}" if others else ""),
+        )
     installed = install()
     if installed:
         count_in_this_worker()

@@ -2,8 +2,9 @@
 
 vLLM's CPU builds run Model Runner V2 with the kernels of triton-cpu, which no
 package index carries. Triton's own interpreter executes the same kernels in
-NumPy: exact and slow, which is what tests and a first look need. Where a real
-CPU backend for Triton is installed, nothing here does anything.
+NumPy, exact and slow; those on a step's path have native versions, see
+`native`, and run at the processor's own speed. Where a real CPU backend for
+Triton is installed, nothing here does anything.
 """
 
 import os
@@ -55,8 +56,8 @@ def prepare_engine(tensor_parallel_size: int) -> None:
     from vllm.logger import init_logger
 
     init_logger("vllm.orthrus").info_once(
-        "No accelerator and no CPU compiler for Triton: Model Runner V2 runs its kernels through Triton's "
-        "interpreter. Results are exact; speed is for tests and demonstrations only."
+        "No accelerator and no CPU compiler for Triton: Model Runner V2 runs its kernels natively where vllm-orthrus "
+        "has a version of them, and else through Triton's interpreter, which is exact and slow."
     )
     if tensor_parallel_size > 1:
         # vLLM gives rank N the cores of the Nth memory node, less one per rank for itself; a small machine has no such

@@ -7,6 +7,7 @@ interpreted as if there were no native version.
 
 import ast
 import hashlib
+import importlib
 import inspect
 import logging
 import textwrap
@@ -80,6 +81,16 @@ def find(kernel: Any) -> Native | None:
 def names() -> set[str]:
     """The kernels that have native versions."""
     return {name for name, _ in _functions}
+
+
+def recognised() -> dict[str, bool]:
+    """Of each kernel that has native versions, whether one of them is for the running vLLM."""
+    found = {}
+    for name in sorted(names()):
+        module, _, kernel = name.partition(":")
+        interpreted = getattr(importlib.import_module(module), kernel, None)
+        found[name] = interpreted is not None and find(interpreted) is not None
+    return found
 
 
 def name_of(kernel: Any) -> str:
