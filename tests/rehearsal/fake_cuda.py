@@ -56,10 +56,11 @@ class Python(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and "cuda" in str(kwargs.get("device")):
-            device = kwargs.pop("device")
+        if func in (torch.tensor, torch.as_tensor):
+            kwargs.pop("pin_memory", None)
+            device = kwargs.pop("device", None) or "cpu"
             host = func(*args, **kwargs, device="cpu")
-            return torch.empty(host.shape, dtype=host.dtype, device=device)
+            return host if "cpu" in str(device) else torch.empty(host.shape, dtype=host.dtype, device=device)
         if args and isinstance(args[0], FakeTensor):
             if func is torch.Tensor.__getitem__:
                 return _pick(*args)

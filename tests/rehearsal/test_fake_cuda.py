@@ -11,12 +11,24 @@ from tests.rehearsal.qwen3 import configure, meet
 LAYERS = 2
 
 
+def cache_of(runner: Any, blocks: int) -> Any:
+    """Layers outermost, as engine cores plan it for FlashAttention."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+
+    specs = runner.get_kv_cache_spec()
+    spec, layers = next(iter(specs.values())), list(specs)
+    page = spec.page_size_bytes
+    memory = KVCacheTensor(page * blocks * len(layers), layers, layer_stride=page * blocks, block_stride=page)
+    config = KVCacheConfig(blocks, [memory], [KVCacheGroupSpec(layers, spec)])
+    config.kv_cache_layout = runner.vllm_config.cache_config.kv_cache_layout = "LBNHC"
+    return config
+
+
 def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
     """Launches of each stage, with `options` of the engine's."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.forward_context import set_forward_context
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.workspace import init_workspace_manager
 
@@ -47,10 +59,7 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
             runner.profile_run()
             stage("profile")
 
-            config.cache_config.kv_cache_layout = "LBNHC"
-            cache = get_kv_cache_configs(config, [runner.get_kv_cache_spec()], [2**34])[0]
-            cache.kv_cache_layout = config.cache_config.kv_cache_layout
-            runner.initialize_kv_cache(cache)
+            runner.initialize_kv_cache(cache_of(runner, blocks=1000))
             stage("cache")
             assert speculator.attention is not None
             speculator._draft(4, speculator.attention, speculator.attention.begin(speculator.rows.blocks(4, 4096)))
