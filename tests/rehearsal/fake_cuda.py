@@ -28,9 +28,11 @@ class HostWaits(RuntimeError):
 class FakeCuda(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        dtype = next((leaf for leaf in leaves if isinstance(leaf, torch.dtype)), None)
         fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
-        target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
+        target = next((leaf.type for leaf in leaves if isinstance(leaf, torch.device)), None)
         kwargs.pop("pin_memory", None)
         kwargs.pop("generator", None)
         if func is aten.is_pinned.default:
@@ -44,8 +46,11 @@ class FakeCuda(FakeTensorMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             raise HostWaits("a value of a tensor on cuda is read on the host")
-        if target == "cpu":
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if fake and target == "cpu":
+            return torch.zeros(args[0].shape, dtype=dtype or args[0].dtype)
+        if tensors and not fake:  # from the host
+            with self:
+                return torch.empty(args[0].shape, dtype=dtype or args[0].dtype, device="cuda")
         if func.overloadpacket in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:
             raise TypeError(f"{func} of {[tensor.dtype for tensor in tensors]}")
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -68,6 +73,8 @@ class Python(TorchFunctionMode):
                 return _put(*args)
             if func is torch.Tensor.copy_:
                 return _copy(*args[:2])
+            if func is torch.Tensor.new_tensor:
+                return args[0].new_empty(torch.tensor(args[1], device="cpu").shape)
             if func is torch.Tensor.__invert__:
                 return torch.bitwise_not(args[0])
         return func(*args, **kwargs)
