@@ -66,11 +66,20 @@ class Loaded(NamedTuple):
 
 
 @cache
+def meet() -> None:
+    """The process groups of a single worker. Only where a configuration is set."""
+    from vllm.distributed.parallel_state import ensure_model_parallel_initialized, init_distributed_environment
+
+    with tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+
+
+@cache
 def load(*settings: tuple[str, Any]) -> Loaded:
     """Target and head, in the order in which vLLM's worker and runner do it; with these settings of the head's."""
     import torch
     from vllm.config import set_current_vllm_config
-    from vllm.distributed.parallel_state import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -81,9 +90,8 @@ def load(*settings: tuple[str, Any]) -> Loaded:
 
     config, device = configure(dict(settings)), torch.device("meta")
     most, drafts = config.scheduler_config.max_num_seqs, config.speculative_config.num_speculative_tokens
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{folder}/meet", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
+    with set_current_vllm_config(config):
+        meet()
         with set_default_torch_dtype(config.model_config.dtype), device:
             model = initialize_model(config)
         speculator = OrthrusSpeculator(config, device)

@@ -1,0 +1,98 @@
+"""The runner from its construction to a cache, and our passes, on "cuda": devices, dtypes, shapes and launches."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.rehearsal.machines import Ask
+from tests.rehearsal.qwen3 import configure, meet
+
+LAYERS = 2
+
+
+def cache_of(runner: Any, blocks: int) -> Any:
+    """Layers outermost, as engine cores plan it for FlashAttention."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+
+    specs = runner.get_kv_cache_spec()
+    spec, layers = next(iter(specs.values())), list(specs)
+    page = spec.page_size_bytes
+    memory = KVCacheTensor(page * blocks * len(layers), layers, layer_stride=page * blocks, block_stride=page)
+    config = KVCacheConfig(blocks, [memory], [KVCacheGroupSpec(layers, spec)])
+    config.kv_cache_layout = runner.vllm_config.cache_config.kv_cache_layout = "LBNHC"
+    return config
+
+
+def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
+    """Launches of each stage, with `options` of the engine's."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    from tests.rehearsal.fake_cuda import fake_cuda
+
+    # Nothing is compiled: a compiler would trace through tensors that are traced already.
+    config = configure(enforce_eager=True, hf_overrides={"num_hidden_layers": LAYERS}, **options)
+    stages: dict[str, Any] = {}
+    with set_current_vllm_config(config):
+        meet()
+        with fake_cuda() as launched:
+
+            def stage(name: str) -> None:
+                stages[name] = dict(Counter(launched))
+                launched.clear()
+
+            device = torch.device("cuda", 0)
+            init_workspace_manager(device)
+            runner = GPUModelRunner(config, device)
+            runner.load_model()
+            speculator = runner.speculator
+            if fault == "rows on the host":
+                speculator.rows.input_ids = torch.zeros(speculator.rows.input_ids.shape, dtype=torch.int64)
+            if fault == "weights in float32":
+                projection = speculator.model.layers[1].o_proj
+                wide = torch.empty(projection.weight.shape, dtype=torch.float32, device=device)
+                projection.weight = torch.nn.Parameter(wide, requires_grad=False)
+            runner.profile_run()
+            stage("profile")
+
+            runner.initialize_kv_cache(cache_of(runner, blocks=1000))
+            stage("cache")
+            assert speculator.attention is not None
+            speculator._draft(4, speculator.attention, speculator.attention.begin(speculator.rows.blocks(4, 4096)))
+            stage("draft")
+            speculator._take_up(4)
+            stage("outcome")
+
+            verified = speculator.one_pass.verified
+            tokens = 4 * verified
+            rows = speculator.one_pass.dummy(4, tokens)
+            slots = dict.fromkeys(config.compilation_config.static_forward_context, torch.zeros(tokens, device=device))
+            with set_forward_context({}, config, tokens, slot_mapping=slots):
+                ids, positions = runner.input_buffers.input_ids[:tokens], runner.input_buffers.positions[:tokens]
+                hidden = runner.model(ids, positions, None, None, hypotheses=rows)
+            assert hidden.shape == (tokens, 4096) and hidden.is_cuda and hidden.dtype == torch.bfloat16
+            stage("one pass")
+    return stages
+
+
+def test_every_stage_on_cuda(ask: Ask) -> None:
+    stages = ask("A100", start)
+    assert stages["draft"] == stages["one pass"] == {"attend": LAYERS, "merge": LAYERS}
+    assert {"attend", "merge"}.isdisjoint(stages["profile"]), "there is no cache yet"
+
+
+def complaint(fault: str) -> str:
+    try:
+        start(fault)
+    except Exception as error:  # not all of PyTorch's can travel between processes
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize(("fault", "message"), [("rows on the host", "cpu"), ("weights in float32", "float32")])
+def test_planted_faults(fault: str, message: str, ask: Ask) -> None:
+    assert message in ask("A100", complaint, fault)
