@@ -1,9 +1,11 @@
 """One process per GPU, forked from one that has imported what they share."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 from tests.rehearsal.gpus import GPUS, pretend
@@ -18,6 +20,11 @@ def machines() -> Iterator[Ask]:
     """`ask(gpu, question, *arguments)`: the question, a function of a module, answered where that GPU is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SHARED)
+    # Where an engine ran on this machine, Triton's interpreter was chosen for all that comes after.
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    ensure_running()
+    if interpreting is not None:
+        os.environ["TRITON_INTERPRET"] = interpreting
     started: dict[str, ProcessPoolExecutor] = {}
 
     def ask(gpu: str, question: Callable[..., Any], *arguments: Any) -> Any:

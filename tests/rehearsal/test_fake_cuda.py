@@ -28,6 +28,7 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
     """Launches of each stage, with `options` of the engine's."""
     import torch
     from vllm.config import set_current_vllm_config
+    from vllm.config.compilation import CUDAGraphMode
     from vllm.forward_context import set_forward_context
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.workspace import init_workspace_manager
@@ -67,9 +68,9 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
             speculator._take_up(4)
             stage("outcome")
 
-            verified = speculator.one_pass.verified
-            tokens = 4 * verified
+            tokens = 4 * speculator.shape.verified
             rows = speculator.one_pass.dummy(4, tokens)
+            speculator.one_pass.announce(CUDAGraphMode.NONE, capturing=True)
             slots = dict.fromkeys(config.compilation_config.static_forward_context, torch.zeros(tokens, device=device))
             with set_forward_context({}, config, tokens, slot_mapping=slots):
                 ids, positions = runner.input_buffers.input_ids[:tokens], runner.input_buffers.positions[:tokens]
