@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import forkserver
 from typing import Any
 
 from tests.rehearsal.gpus import GPUS, pretend
@@ -20,11 +20,11 @@ def machines() -> Iterator[Ask]:
     """`ask(gpu, question, *arguments)`: the question, a function of a module, answered where that GPU is."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SHARED)
-    # Where an engine ran on this machine, Triton's interpreter was chosen for all that comes after.
-    interpreting = os.environ.pop("TRITON_INTERPRET", None)
-    ensure_running()
-    if interpreting is not None:
-        os.environ["TRITON_INTERPRET"] = interpreting
+    # Wherever this package has met a vLLM for CPUs, Triton's kernels are interpreted, in child processes as well.
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    forkserver.ensure_running()
+    if interpreted is not None:
+        os.environ["TRITON_INTERPRET"] = interpreted
     started: dict[str, ProcessPoolExecutor] = {}
 
     def ask(gpu: str, question: Callable[..., Any], *arguments: Any) -> Any:
