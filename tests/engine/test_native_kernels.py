@@ -93,7 +93,7 @@ class Inputs:
         self.rng = np.random.default_rng(seed)
         self.dtype = torch.float32 if seed < 2 else torch.bfloat16
         self.drafts, self.vocabulary = drafts, vocabulary
-        self.num_reqs, self.slots = 1 + seed % 4, 6
+        self.num_reqs, self.slots = 1 + 2 * (seed % 4), 8
         counts = self.rng.integers(0, drafts + 1, self.num_reqs)
         if seed % 2 == 0:
             counts[0] = drafts
@@ -104,6 +104,7 @@ class Inputs:
         self.expanded = self.idx_mapping.repeat_interleave(torch.tensor(counts + 1))
         self.local = torch.cat([torch.arange(count + 1, dtype=torch.int32) for count in counts])
         self.temperature = torch.tensor(self.rng.choice([0.0, 0.7, 1.0, 1.3], self.slots), dtype=torch.float32)
+        self.temperature[self.idx_mapping[0]] = 0.0 if seed % 2 == 0 else 0.7
         self.seed = torch.tensor(self.rng.integers(-(2**62), 2**62, self.slots))
         self.positions = torch.tensor(self.rng.integers(0, 2**34, self.num_logits))
 
@@ -431,19 +432,21 @@ METHODS = ["greedy drafts", "drawn drafts", "by block, greedy drafts", "by block
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rejection(compared: Compared, seed: int, method: str) -> None:
-    inputs = Inputs(seed, vocabulary=(1300, 9001, 90, 8999)[seed])
+    inputs = Inputs(seed, drafts=7, vocabulary=(1300, 9001, 90, 90)[seed])
     count = inputs.num_logits
-    draft_logits = inputs.floats(inputs.slots, inputs.drafts + 1, inputs.vocabulary + 9)[:, : inputs.drafts, :-9]
+    draft_logits = 2 * inputs.floats(inputs.slots, inputs.drafts + 1, inputs.vocabulary + 9)[:, : inputs.drafts, :-9]
     logits = inputs.logits()
     # The target mostly agrees with the drafts, or nothing would be accepted.
     rows = torch.arange(count)
     steps = inputs.local.clamp(max=inputs.drafts - 1).long()
     said = draft_logits[inputs.expanded.long(), steps]
-    logits.copy_(torch.where(logits.isneginf() | logits.isnan(), logits, said + 0.3 * logits))
+    logits.copy_(torch.where(logits.isneginf() | logits.isnan(), logits, said + 0.1 * logits))
+    likeliest = torch.where(logits.isnan(), float("-inf"), logits.float()).argmax(1).int()
+    logits[0, likeliest[0].long()] += 12
     drafted = inputs.whole(inputs.vocabulary, count, dtype=torch.int32)
-    likeliest = said.float().argmax(1).int()
     drafted[1:] = torch.where(inputs.uniform(count - 1, low=0, high=1) < 0.9, likeliest[:-1], drafted[1:])
     drafted[rows % 7 == 6] = -1
+    drafted[1] = likeliest[0]
     sampled, num_sampled = rejection_sampler_utils.rejection_sample(
         logits,
         draft_logits if "drawn" in method else None,
@@ -460,6 +463,7 @@ def test_rejection(compared: Compared, seed: int, method: str) -> None:
         use_fp64=seed == 3,
         use_block_verification="block" in method,
     )
+    assert num_sampled[0] > 1 or inputs.local[1] == 0 or method == "synthetic", "the first draft is certain"
     tensors = torch.zeros(count, dtype=torch.int64), sampled, sampled.stride(0), num_sampled, inputs.cu_num_logits
     rejection_sampler._flatten_sampled_kernel[(inputs.num_reqs,)](*tensors, num_warps=1)
     kernels = {
