@@ -65,6 +65,7 @@ def test_the_oracle(tmp_path: Path, scale: Scale) -> None:
     assert any(answers["close"]), "no token ever came close to the best, so that ties can't be seen"
 
 
+@all_of_it
 def test_a_phase_goes_on_where_it_stopped(tmp_path: Path, scale: Scale, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain decoding, then time is up; the rest, and no engine twice."""
     estimate = PHASES["rows"].starts(scale, tmp_path)[0].seconds + PHASES["rows"].prepare_seconds
