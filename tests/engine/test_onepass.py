@@ -48,7 +48,7 @@ def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
 
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, *rest: Any, **named: Any) -> Any:
-        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried(rest[0]):
+        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried:
             batch = rest[0]
             rows = self.one_pass.views(batch.num_reqs)
             comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
@@ -139,7 +139,7 @@ def says_what_the_target_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
         hidden = rest[2]
-        if self.one_pass is not None and self.one_pass.carried(batch):
+        if self.one_pass is not None and self.one_pass.carried:
             rows = self.one_pass.views(batch.num_reqs)
             prefixes = rows.blocks.prefix_lengths  # [n, K + 1]
             verified = batch.query_start_loc[: batch.num_reqs, None].long() + torch.arange(prefixes.shape[1])
