@@ -4,8 +4,8 @@
 
 The tiny trained model in examples/, one request at a time. In float32 all must say the same, or nothing is timed. Then
 the engines take turns in bfloat16, one round each, so that whatever else the machine does falls on all of them. What is
-compared are medians of rounds, each the median of its decoding steps. The quietest round stands beside it: where the
-two are far apart, the machine was busy, and the ratios are worth more than the times.
+compared are medians of rounds, each the median of its decoding steps. Beside it stand the quietest round and the
+processor's time, of all threads: where they are far apart, the machine was busy, and the times say little.
 """
 
 import argparse
@@ -91,15 +91,16 @@ def serve(task: dict[str, Any]) -> None:
     for request, line in enumerate(sys.stdin):
         prompt, tokens = json.loads(line)
         engine.add_request(str(request), prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-        times, said = [], []
+        times, busy, said = [], [], []
         while engine.has_unfinished_requests():
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             outputs = engine.step()
             times.append(time.perf_counter() - start)
+            busy.append(time.process_time() - worked)
             said = list(outputs[0].outputs[0].token_ids) if outputs else said
         # The first step reads the prompt.
-        step = statistics.median(times[1:]) * 1e3
-        print("RESULT", json.dumps({"said": said, "step": step, "steps": len(times) - 1}), flush=True)
+        found = {"step": statistics.median(times[1:]) * 1e3, "processor": statistics.median(busy[1:]) * 1e3}
+        print("RESULT", json.dumps(found | {"said": said, "steps": len(times) - 1}), flush=True)
 
 
 def prompts(count: int) -> list[str]:
@@ -126,7 +127,8 @@ def measure(evidence: StepEvidence, rounds: int, tokens: int) -> None:
         for way, engine in engines.items():
             found = engine.run(prompt, tokens)
             per_step = (tokens - 1) / found["steps"]
-            evidence.rounds.setdefault(way, []).append({"step": found["step"], "tokens_per_step": per_step})
+            measured = {"step": found["step"], "processor": found["processor"], "tokens_per_step": per_step}
+            evidence.rounds.setdefault(way, []).append(measured)
         evidence.write()
     for engine in engines.values():
         engine.close()
@@ -139,6 +141,7 @@ def summarise(evidence: StepEvidence) -> None:
         evidence.summary[way] = {
             "step_ms": statistics.median(steps),
             "quietest_step_ms": min(steps),
+            "processor_ms": statistics.median(each["processor"] for each in found),
             "to_stock_step": statistics.median(against),
             "tokens_per_step": statistics.median(each["tokens_per_step"] for each in found),
         }
@@ -191,7 +194,8 @@ def main() -> int:
         summarise(evidence)
         for way, found in evidence.summary.items():
             print(
-                f"{way:<28} {found['step_ms']:6.1f} ms a step (quietest {found['quietest_step_ms']:.1f}), "
+                f"{way:<28} {found['step_ms']:6.1f} ms a step (quietest {found['quietest_step_ms']:.1f}, "
+                f"processor {found['processor_ms']:.1f}), "
                 f"{found['to_stock_step']:.2f} of stock, {found['tokens_per_step']:.1f} tokens"
             )
     for problem in evidence.red:

@@ -75,9 +75,11 @@ def _child(code: str) -> str:
 def test_found_in_every_new_process_without_settings() -> None:
     code = (
         "import os; [os.environ.pop(name, None) for name in ('TRITON_INTERPRET', 'VLLM_USE_V2_MODEL_RUNNER')]\n"
-        "import vllm.triton_utils as t; print(t.HAS_TRITON)"
+        "import vllm.triton_utils as t; from vllm.plugins import load_general_plugins; load_general_plugins()\n"
+        "from triton.runtime.interpreter import InterpretedFunction as kernel\n"
+        "print(t.HAS_TRITON, hasattr(kernel.run, '__wrapped__'))"
     )
-    assert _child(code) == "True"
+    assert _child(code) == "True True", "kernels, and the native versions of those that have one"
 
 
 def test_a_real_cpu_compiler_is_left_alone() -> None:

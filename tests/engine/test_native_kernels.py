@@ -75,9 +75,13 @@ def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return torch.allclose(mine.double(), theirs.double(), rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    assert integration.install()
+
+
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compared]:
-    assert integration.install()
     natively: Any = InterpretedFunction.run
     compared = Compared(natively, natively.__wrapped__)
     monkeypatch.setattr(InterpretedFunction, "run", lambda *arguments, **named: compared.run(*arguments, **named))
@@ -151,7 +155,7 @@ def test_block_tables(compared: Compared, seed: int) -> None:
     named = {"num_computed_tokens": computed} if vllm_is(">=0.33") else {}
     for table in made.tables.input_block_tables:
         table.fill_(77)
-    made.tables.gather_block_tables(inputs.idx_mapping, inputs.num_reqs + 2, **named)
+    made.tables.gather_block_tables(inputs.idx_mapping, inputs.num_reqs + 1, **named)
     made.tables.gather_block_tables(inputs.idx_mapping[:0], 2)
     lengths = inputs.rng.integers(1, 9, inputs.num_reqs)
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
@@ -179,10 +183,10 @@ def test_prompts_and_positions(compared: Compared, seed: int) -> None:
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     computed, prefill = inputs.whole(20, inputs.slots), inputs.whole(30, inputs.slots)
     tokens = inputs.whole(900, inputs.slots, 64)
-    ids, following = torch.full((50,), -5, dtype=torch.int32), torch.full((3, inputs.slots), -5, dtype=torch.int32)
+    ids, following = torch.full((80,), -5, dtype=torch.int32), torch.full((3, inputs.slots), -5, dtype=torch.int32)
     batch = (inputs.idx_mapping, starts)
     input_batch.prepare_prefill_inputs(ids, following, *batch, tokens, prefill, computed)
-    positions, seq_lens = torch.zeros(50, dtype=torch.int64), torch.full((8,), 9, dtype=torch.int32)
+    positions, seq_lens = torch.zeros(80, dtype=torch.int64), torch.full((8,), 9, dtype=torch.int32)
     input_batch.prepare_pos_seq_lens(*batch, computed, positions, seq_lens)
     input_batch.post_update_num_computed_tokens(inputs.idx_mapping, computed, starts)
     prompt_logprob.get_prompt_logprobs_token_ids(int(starts[-1]), starts, inputs.idx_mapping, computed, tokens)

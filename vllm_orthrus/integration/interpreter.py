@@ -117,7 +117,8 @@ def _compute_in_bfloat16() -> None:
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[[Any, Any], Any]) -> Any:
         if lhs.dtype.scalar != tl.bfloat16:
             return binary(self, lhs, rhs, op)
-        result = op(widened(lhs.data), widened(rhs.data))
+        with np.errstate(all="ignore"):
+            result = op(widened(lhs.data), widened(rhs.data))
         return TensorHandle(result if result.dtype == np.bool_ else rounded(result), tl.bfloat16)
 
     def unary_op(self: Any, arg: Any, op: Callable[[Any], Any]) -> Any:
