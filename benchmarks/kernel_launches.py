@@ -1,4 +1,4 @@
-"""What a GPU is asked to run: the launches of our host code, recorded from it, for shapes that stand for many others."""
+"""What a GPU is asked to run: launches of our host code, recorded from it, for shapes that stand for many others."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

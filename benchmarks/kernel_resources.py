@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,9 +109,7 @@ def source_of(call: Call, gpu: Gpu) -> Source:
             constants[index,] = value
         signature[parameter.name] = kind
     known = ("num_warps", "num_stages") + (("maxnreg",) if gpu.compile_for.backend == "cuda" else ())
-    return Source(
-        signature, constants, hints, {name: call.arguments[name] for name in known if name in call.arguments}
-    )
+    return Source(signature, constants, hints, {name: call.arguments[name] for name in known if name in call.arguments})
 
 
 def forms(shapes: Iterable[Shape], batches: Iterable[int], gpu: Gpu, fp8: bool) -> list[Form]:
