@@ -1,41 +1,45 @@
 """Compile every kernel ahead of time for the GPUs we name, and say what each needs.
 
-    python -m benchmarks.kernel_resources [--quick] [--write]
+    python -m benchmarks.kernel_resources [--triton 3.8.0 | --pinned] [--quick] [--gpu sm_90] [--write]
 
 Needs no GPU: Triton compiles for a named target, and its package carries ptxas and cuobjdump. The launches are recorded
-from the real host code, so tiles and specialisations are those that would run. `--write` renews docs/kernels.md.
+from the real host code, so tiles and specialisations are those that would run. `--pinned` does it with each Triton that
+a supported vLLM brings, and `--pinned --write` renews docs/kernels.md.
 """
 
 import argparse
 import itertools
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_orthrus.kernels import dual_view_attention as attention
-from vllm_orthrus.kernels import (
-    dual_view_device,
-    hypotheses,
-    hypotheses_device,
-    most_probable,
-    prepare_block,
-    prepare_hypotheses,
+from benchmarks.kernel_launches import (
+    GPUS,
+    KIB,
+    OTHERS,
+    RELEASED,
+    Call,
+    Gpu,
+    Shape,
+    attention_launches,
+    bookkeeping_launches,
+    released_shapes,
 )
-from vllm_orthrus.kernels.dual_view_plan import Target
+from benchmarks.pinned_triton import PINNED, unpacked
 
+ROOT = Path(__file__).resolve().parents[1]
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -46,52 +50,24 @@ TYPES = {
     torch.float8_e5m2: "fp8e5",
     torch.float8_e4m3fnuz: "fp8e4b8",
 }
-KIB = 1024
 
 
-class Gpu(NamedTuple):
-    name: str
-    compile_for: GPUTarget
-    target: Target
-    fp8: torch.dtype | None  # what an fp8 cache holds there
+class Source(NamedTuple):
+    """What the just-in-time compiler would make of a launch, all pointers being aligned."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    hints: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
 
 
-GPUS = [
-    Gpu("sm_80", GPUTarget("cuda", 80, 32), Target(False, 163 * KIB, 108), torch.float8_e5m2),
-    Gpu("sm_90", GPUTarget("cuda", 90, 32), Target(True, 227 * KIB, 132), torch.float8_e4m3fn),
-    Gpu("sm_100", GPUTarget("cuda", 100, 32), Target(True, 227 * KIB, 148), torch.float8_e4m3fn),
-    Gpu("sm_120", GPUTarget("cuda", 120, 32), Target(False, 99 * KIB, 188), torch.float8_e4m3fn),
-    Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Target(False, 64 * KIB, 304), torch.float8_e4m3fnuz),
-]
+class Form:
+    """A kernel as it has to be compiled once, and the launches that it then serves."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """One draft pass, or one pass with verification rows and hypotheses."""
-
-    name: str
-    head_dim: int
-    groups: int
-    width: int
-    blocks: int = 1
-    verify: int = 0
-    ragged: bool = False  # as the engine's: requests may have fewer verification rows
-    page: int = 16
-    num_reqs: int = 1
-
-
-SHAPES = [
-    Shape("4 rows", 128, 2, 2),
-    Shape("draft of 8, 16/8 heads", 128, 2, 8),
-    Shape("draft of 16, 32/8 heads", 128, 4, 16),
-    Shape("draft of 16, 32/8 heads, pages of 64", 128, 4, 16, page=64),
-    Shape("draft of 32, 32/8 heads", 128, 4, 32),
-    Shape("9 + 4 x 8 rows in one pass", 128, 4, 8, blocks=4, verify=9),
-    Shape("16 + 8 x 16 rows in one pass, ragged", 128, 4, 16, blocks=8, verify=16, ragged=True),
-    Shape("draft of 16, head_dim 64", 64, 4, 16),
-    Shape("draft of 16, head_dim 256", 256, 4, 16),
-]
-QUICK = [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[6]]
+    def __init__(self, kernel: str, shape: str, cache: str, call: Call, source: Source) -> None:
+        self.kernel, self.shape, self.cache, self.call, self.source = kernel, shape, cache, call, source
+        self.requests: list[int] = []
+        self.cuts: dict[str, list[int]] = {}  # tiles, and the numbers of splits
 
 
 class Report(NamedTuple):
@@ -107,103 +83,13 @@ class Report(NamedTuple):
     matrix: str  # the matrix instruction, or "-"
     shared_limit: int
 
-
-class Call(NamedTuple):
-    kernel: Any
-    arguments: dict[str, Any]
-
-
-@contextmanager
-def recorded(module: Any, *names: str) -> Iterator[list[Call]]:
-    """Collect what the host code would launch."""
-    calls: list[Call] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                calls.append(Call(self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs))
-
-            return launch
-
-    with ExitStack() as patches:
-        for name in names:
-            patches.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
-        yield calls
+    @property
+    def place(self) -> tuple[str, ...]:
+        """In the table."""
+        return self[:5]
 
 
-def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tuple[list[Call], str]:
-    dtype, kv_heads, heads = torch.bfloat16, 8, 8 * shape.groups
-    stored = empty(1000, shape.page, kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
-    keys, values = stored.transpose(1, 2).split(shape.head_dim, dim=-1)
-    scale = empty(1, dtype=torch.float32) if cache_dtype.itemsize == 1 else None
-    table = empty(shape.num_reqs, 2048, dtype=torch.int32)
-    cache = attention.PagedCache(keys, values, table, shape.page, scale, scale)
-    rows = shape.num_reqs * shape.blocks * shape.width
-    verification = None
-    if shape.verify:
-        count = shape.num_reqs * shape.verify
-        verification = attention.Verification(
-            empty(count, heads, shape.head_dim, dtype=dtype),
-            empty(count, dtype=torch.int32),
-            shape.verify,
-            empty(count, heads, shape.head_dim, dtype=dtype),
-            empty(shape.num_reqs + 1, dtype=torch.int32) if shape.ragged else None,
-        )
-    per_request = shape.verify + shape.blocks * shape.width
-    plan = attention.make_plan(
-        shape.num_reqs, per_request, heads, kv_heads, shape.head_dim, dtype, cache_dtype, "meta", target=gpu.target
-    )
-    with recorded(dual_view_device, "attend", "merge") as calls:
-        attention.dual_view_attention(
-            empty(rows, heads, shape.head_dim, dtype=dtype),
-            empty(rows, kv_heads, shape.head_dim, dtype=dtype),
-            empty(rows, kv_heads, shape.head_dim, dtype=dtype),
-            cache,
-            empty(shape.num_reqs, shape.blocks, dtype=torch.int32),
-            shape.head_dim**-0.5,
-            plan=plan,
-            verification=verification,
-        )
-    tiles = plan.tiles
-    return calls, f"{tiles.rows}x{tiles.positions}, {tiles.warps} warps, {tiles.stages} stages, {plan.splits} splits"
-
-
-def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta")
-
-
-def bookkeeping_launches() -> dict[str, Call]:
-    """What surrounds the forwards: 8 requests, 15 drafts, 8 hypotheses, blocks of 16."""
-    int32, float32 = torch.int32, torch.float32
-    batch = prepare_block.BatchState(
-        empty(8), empty(9, dtype=int32), empty(99), empty(8, dtype=int32), empty(8, dtype=int32), empty(64, 1),
-        empty(1, 64, dtype=int32),
-    )  # fmt: skip
-    table = empty(64, 2048, dtype=int32)
-    tables = prepare_block.BlockTables([table], [table], [16], empty(1, 5))
-    rows = prepare_block.BlockRows(empty(64, 16), empty(64, 16), empty(64, dtype=int32), empty(64, 15), tables)
-    with recorded(prepare_block, "_prepare") as prepare:
-        prepare_block.prepare_blocks(empty(8), batch, rows, 7, 40960)
-    remembered = prepare_hypotheses.Remembered(empty(64), empty(64, 8), empty(64, 8))
-    blocks = prepare_hypotheses.HypothesisBlocks(empty(8, 8, 16), empty(8, 8, 16), empty(8, 8, dtype=int32))
-    with recorded(prepare_hypotheses, "_prepare") as ride_along:
-        prepare_hypotheses.launch(7, remembered, prepare_hypotheses.Verified(*batch[:3]), blocks, 7, 40960)
-    with recorded(most_probable, "_scan", "_merge") as look:
-        logits = empty(8, 16, 151936, dtype=torch.bfloat16)
-        most_probable.launch(logits, empty(8, 15), empty(8, dtype=float32), 9)
-    chances = (empty(8, 16, dtype=float32), empty(8, 16, 8, dtype=float32), empty(8, 16, 8))
-    with recorded(hypotheses_device, "_choose", "_match") as judge:
-        chosen = hypotheses.choose_device(*chances, empty(8, 15), empty(8), empty(8), empty(17, dtype=float32), 8)
-        hypotheses.match_device(chosen, empty(8, 15), empty(8), empty(8), empty(8))
-    names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
-    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
-
-
-def compile_call(call: Call, gpu: Gpu) -> Any:
-    """Compile as the just-in-time compiler would for these arguments, all pointers being aligned."""
+def source_of(call: Call, gpu: Gpu) -> Source:
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list[list[Any]]] = {}
@@ -223,11 +109,56 @@ def compile_call(call: Call, gpu: Gpu) -> Any:
             constants[index,] = value
         signature[parameter.name] = kind
     known = ("num_warps", "num_stages") + (("maxnreg",) if gpu.compile_for.backend == "cuda" else ())
-    options = {name: call.arguments[name] for name in known if name in call.arguments}
+    return Source(signature, constants, hints, {name: call.arguments[name] for name in known if name in call.arguments})
+
+
+def forms(shapes: Iterable[Shape], batches: Iterable[int], gpu: Gpu, fp8: bool) -> list[Form]:
+    """What has to be compiled for these passes, and for what surrounds those of so many requests."""
+    found: dict[str, Form] = {}
+
+    def form(kernel: str, shape: str, cache: str, call: Call) -> Form:
+        source = source_of(call, gpu)
+        return found.setdefault(repr((kernel, shape, cache, source)), Form(kernel, shape, cache, call, source))
+
+    for num_reqs in batches:
+        for name, call in bookkeeping_launches(num_reqs).items():
+            one = form(name, "released heads", "-", call)
+            one.requests.append(num_reqs)
+            count = call.arguments["num_warps"]
+            one.cuts[f"{count} warp{'s'[: count > 1]}"] = []
+    for shape in shapes:
+        for cache_dtype in [torch.bfloat16] + [gpu.fp8] * (fp8 and shape.fp8):
+            calls, plan = attention_launches(shape, gpu, cache_dtype)
+            for call in calls:
+                name = call.kernel.__name__
+                if name == "merge" and cache_dtype != torch.bfloat16:  # it never sees the cache
+                    continue
+                one = form(name, shape.name, TYPES[cache_dtype] if name == "attend" else "-", call)
+                one.requests.append(shape.num_reqs)
+                tiles = plan.tiles
+                cut = f"{tiles.rows}x{tiles.positions}, {tiles.warps} warps, {tiles.stages} stages"
+                one.cuts.setdefault(cut, []).append(plan.splits)
+    return list(found.values())
+
+
+def several(numbers: Sequence[int], what: str) -> str:
+    """ "1-3, 5 requests"."""
+    ends: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    said = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+    return f"{said} {what}{'s'[: said != '1']}"
+
+
+def compile_form(form: Form, gpu: Gpu) -> Any:
+    source = form.source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source = ASTSource(call.kernel, signature, constants, hints)
-        return triton.compile(source, target=gpu.compile_for, options=options | {"enable_fp_fusion": True})
+        syntax = ASTSource(form.call.kernel, source.signature, source.constants, source.hints)
+        return triton.compile(syntax, target=gpu.compile_for, options=source.options | {"enable_fp_fusion": True})
 
 
 def examine(compiled: Any, gpu: Gpu) -> dict[str, Any]:
@@ -249,12 +180,13 @@ def examine(compiled: Any, gpu: Gpu) -> dict[str, Any]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
-        assembly = run(triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+        stack = int(re.findall(r"STACK:(\d+)", usage)[0])
+        # A spill is local memory in the machine code, which takes longer to print than to make: none without a stack.
+        assembly = run(triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)) if stack else ""
     return {
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
-        # Local memory in the machine code is what a spill would be.
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
+        "stack": stack,
         "matrix": found.group(0) if found else "-",
     }
 
@@ -263,39 +195,31 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def warps(call: Call) -> str:
-    count = call.arguments["num_warps"]
-    return f"{count} warp{'s'[: count > 1]}"
+def report(form: Form, gpu: Gpu) -> Report:
+    compiled = compile_form(form, gpu)
+    released = form.shape not in {shape.name for shape in OTHERS}
+    return Report(
+        form.kernel,
+        gpu.name,
+        f"{form.shape}, {several(form.requests, 'request')}" if released else form.shape,
+        form.cache,
+        "; ".join(f"{cut}, {several(splits, 'split')}" if splits else cut for cut, splits in form.cuts.items()),
+        shared=compiled.metadata.shared,
+        shared_limit=gpu.target.shared,
+        **examine(compiled, gpu),
+    )
 
 
-def reports(shapes: list[Shape], gpus: list[Gpu]) -> Iterator[Report]:
-    for gpu in gpus:
-        limit = gpu.target.shared
-        for name, call in bookkeeping_launches().items():
-            compiled = compile_call(call, gpu)
-            facts = examine(compiled, gpu)
-            yield Report(
-                name, gpu.name, "-", "-", warps(call), shared=compiled.metadata.shared, shared_limit=limit, **facts
-            )
-        for shape, cache_dtype in itertools.product(shapes, (torch.bfloat16, gpu.fp8)):
-            if cache_dtype is None:
-                continue
-            calls, tiles = attention_launches(shape, gpu, cache_dtype)
-            for call in calls:
-                name = call.kernel.__name__
-                if name == "merge" and cache_dtype != torch.bfloat16:  # it never sees the cache
-                    continue
-                compiled = compile_call(call, gpu)
-                yield Report(
-                    name,
-                    gpu.name,
-                    shape.name,
-                    TYPES[cache_dtype] if name == "attend" else "-",
-                    tiles,
-                    shared=compiled.metadata.shared,
-                    shared_limit=limit,
-                    **examine(compiled, gpu),
-                )
+def all_forms(gpu: Gpu) -> list[Form]:
+    return forms([*released_shapes(), *OTHERS], range(1, RELEASED.most_carried + 1), gpu, fp8=True)
+
+
+def quick_forms(gpu: Gpu) -> list[Form]:
+    """The pass that needs most of a GPU; with the GPU that most will have, all that one request launches."""
+    shapes = [shape for shape in released_shapes() if shape.num_reqs == 1 and shape.groups == 4]
+    if gpu.name == "sm_90":
+        return forms(shapes, [1], gpu, fp8=False)
+    return [form for form in forms(shapes[-1:], [], gpu, fp8=True) if form.kernel == "attend"]
 
 
 def faults(report: Report) -> list[str]:
@@ -316,32 +240,81 @@ def faults(report: Report) -> list[str]:
 
 HEADER = """# The kernels, compiled ahead of time
 
-What each kernel needs on each GPU, from `python -m benchmarks.kernel_resources --write` with Triton {version}. Tiles
-are rows x positions. Registers are per thread (gfx942: vector registers). No kernel spills; the tests assert it.
+What each kernel needs on each GPU, from `make kernels-compiled` with the Triton versions that vLLM brings there:
+{versions}. Two figures in a cell are theirs, in this order. *Released heads*: blocks of 32 rows, 16 verified
+rows, as many hypotheses as {rows} rows have room for, and every number of requests that makes a difference. Tiles are
+rows x positions. Registers are per thread (gfx942: vector registers). No kernel spills; the tests assert it.
 
 | kernel | GPU | rows | cache | tiles | registers | stack, bytes | shared, KiB (limit) | matrix instruction |
 |---|---|---|---|---|---|---|---|---|
 """
 
 
+def row(reports: Sequence[Report]) -> str:
+    """One kernel's row of the table, by each Triton."""
+
+    def each(figures: Iterable[str]) -> str:
+        said = list(figures)
+        return " / ".join(said if len(set(said)) > 1 else said[:1])
+
+    first = reports[0]
+    registers, stack = each(str(one.registers) for one in reports), each(str(one.stack) for one in reports)
+    shared = each(f"{one.shared / KIB:.1f}" for one in reports)
+    limit, matrix = first.shared_limit // KIB, each(one.matrix for one in reports)
+    return f"| {' | '.join(first.place)} | {registers} | {stack} | {shared} ({limit}) | {matrix} |"
+
+
+def write_table(evidence: dict[str, list[Report]]) -> None:
+    by_place: dict[tuple[str, ...], list[Report]] = {}
+    for one in itertools.chain.from_iterable(evidence.values()):
+        by_place.setdefault(one.place, []).append(one)
+    versions = " and ".join(f"{version} (vLLM {PINNED[version]})" for version in evidence)
+    table = HEADER.format(versions=versions, rows=RELEASED.rows) + "\n".join(map(row, by_place.values())) + "\n"
+    (ROOT / "docs" / "kernels.md").write_text(table)
+
+
+def with_triton(version: str, options: Sequence[str]) -> list[Report] | None:
+    """The reports of a process that has this Triton; None if any is red."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([str(unpacked(version)), *([inherited] if inherited else [])])
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "reports.json"
+        command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(found), *options]
+        green = subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+        return [Report(*fields) for fields in json.loads(found.read_text())] if green else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--triton", help="with this version of Triton, downloaded if need be")
+    parser.add_argument("--pinned", action="store_true", help="with each Triton that a supported vLLM brings")
     parser.add_argument("--quick", action="store_true", help="a few shapes")
-    parser.add_argument("--gpu", help="only this one")
-    parser.add_argument("--write", action="store_true", help="renew docs/kernels.md")
+    parser.add_argument("--gpu", help="only this one", choices=[gpu.name for gpu in GPUS])
+    parser.add_argument("--write", action="store_true", help="renew docs/kernels.md; takes --pinned and all shapes")
+    parser.add_argument("--json", type=Path, help="where to put the reports")
     options = parser.parse_args()
-    rows, red = [], 0
-    for report in reports(QUICK if options.quick else SHAPES, [g for g in GPUS if options.gpu in (None, g.name)]):
-        problems = faults(report)
-        red += bool(problems)
-        rows.append(
-            f"| {report.kernel} | {report.gpu} | {report.shape} | {report.cache} | {report.tiles} | {report.registers} "
-            f"| {report.stack} | {report.shared / KIB:.1f} ({report.shared_limit // KIB}) | {report.matrix} |"
-        )
-        print(rows[-1], *problems, flush=True)
-    if options.write and not red:
-        path = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
-        path.write_text(HEADER.format(version=triton.__version__) + "\n".join(rows) + "\n")
+    if options.write and (not options.pinned or options.quick or options.gpu):
+        parser.error("--write takes --pinned, all shapes and all GPUs")
+    if options.pinned or options.triton:
+        passed = ["--quick"] * options.quick + (["--gpu", options.gpu] if options.gpu else [])
+        versions = list(PINNED) if options.pinned else [options.triton]
+        evidence = {version: with_triton(version, passed) for version in versions}
+        green = {version: reports for version, reports in evidence.items() if reports is not None}
+        if options.write and len(green) == len(evidence):
+            write_table(green)
+        return int(len(green) < len(evidence))
+    print(f"Triton {triton.__version__}", flush=True)
+    reports, red = [], 0
+    for gpu in GPUS:
+        if options.gpu in (None, gpu.name):
+            for form in quick_forms(gpu) if options.quick else all_forms(gpu):
+                reports.append(report(form, gpu))
+                problems = faults(reports[-1])
+                red += bool(problems)
+                print(row(reports[-1:]), *problems, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(reports))
     return 1 if red else 0
 
 

@@ -92,7 +92,7 @@ class OnePass:
         if self.attention is None or count == 0 or not (replayed or mode == CUDAGraphMode.NONE):
             return None
         self.attention.prepare(batch)
-        longest = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
+        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
         views = self.views(padded, longest)
         computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
         if not (computed >= prompt).all():

@@ -1,0 +1,212 @@
+"""What a GPU is asked to run: launches of our host code, recorded from it, for shapes that stand for many others."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from vllm_orthrus import policy
+from vllm_orthrus.kernels import dual_view_attention as attention
+from vllm_orthrus.kernels import (
+    dual_view_device,
+    hypotheses,
+    hypotheses_device,
+    most_probable,
+    prepare_block,
+    prepare_hypotheses,
+)
+from vllm_orthrus.kernels.dual_view_plan import Target
+from vllm_orthrus.settings import MAX_PASS_ROWS, DraftShape
+
+KIB = 1024
+
+
+class Gpu(NamedTuple):
+    name: str
+    compile_for: GPUTarget
+    target: Target
+    fp8: torch.dtype  # what an fp8 cache holds there
+
+
+GPUS = [
+    Gpu("sm_80", GPUTarget("cuda", 80, 32), Target(False, 163 * KIB, 108), torch.float8_e5m2),
+    Gpu("sm_90", GPUTarget("cuda", 90, 32), Target(True, 227 * KIB, 132), torch.float8_e4m3fn),
+    Gpu("sm_100", GPUTarget("cuda", 100, 32), Target(True, 227 * KIB, 148), torch.float8_e4m3fn),
+    Gpu("sm_120", GPUTarget("cuda", 120, 32), Target(False, 99 * KIB, 188), torch.float8_e4m3fn),
+    Gpu("gfx942", GPUTarget("hip", "gfx942", 64), Target(False, 64 * KIB, 304), torch.float8_e4m3fnuz),
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One draft pass, or one pass with verification rows and hypotheses."""
+
+    name: str
+    head_dim: int
+    groups: int
+    width: int
+    blocks: int = 1
+    verify: int = 0
+    ragged: bool = False  # as the engine's: requests may have fewer verification rows
+    page: int = 16
+    num_reqs: int = 1
+    fp8: bool = True  # such a cache, too
+
+
+# The released heads under `vllm serve`, with every setting at its default.
+RELEASED = DraftShape(
+    block=32,
+    drafts=15,
+    drafting_rows=31,
+    mask_token_id=151669,
+    hypotheses=8,
+    rows=320,
+    max_num_reqs=1024,
+    max_pass_rows=MAX_PASS_ROWS,
+)
+MAX_MODEL_LEN, VOCABULARY = 40960, 151936
+
+
+def released_shapes() -> Iterator[Shape]:
+    """Every pass that these engines may run."""
+    shape = RELEASED
+    for model, groups, fp8 in (("Qwen3-8B and 4B", 4, True), ("Qwen3-1.7B", 2, False)):
+        of_model = Shape(model, 128, groups, shape.block, fp8=fp8)
+        for num_reqs in range(1, shape.at_once + 1):
+            yield replace(of_model, name=f"{model}, draft of 32", num_reqs=num_reqs)
+        for num_reqs in range(1, shape.most_carried + 1):
+            blocks = shape.num_hypotheses(num_reqs)
+            carried = replace(of_model, blocks=blocks, num_reqs=num_reqs)
+            yield replace(carried, name=f"{model}, {blocks} x 32 beside 16")
+            yield replace(carried, name=f"{model}, 16 + {blocks} x 32, fused", verify=shape.verified, ragged=True)
+
+
+# Other blocks, groups, pages and heads than those.
+OTHERS = [
+    Shape("4 rows", 128, 2, 2),
+    Shape("draft of 8, 16/8 heads", 128, 2, 8),
+    Shape("draft of 16, 32/8 heads", 128, 4, 16),
+    Shape("draft of 16, 32/8 heads, pages of 64", 128, 4, 16, page=64),
+    Shape("9 + 4 x 8 rows in one pass", 128, 4, 8, blocks=4, verify=9),
+    Shape("16 + 8 x 16 rows in one pass, ragged", 128, 4, 16, blocks=8, verify=16, ragged=True),
+    Shape("draft of 16, head_dim 64", 64, 4, 16),
+    Shape("draft of 16, head_dim 256", 256, 4, 16),
+]
+
+
+class Call(NamedTuple):
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+@contextmanager
+def recorded(module: Any, *names: str) -> Iterator[list[Call]]:
+    """Collect what the host code would launch."""
+    calls: list[Call] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                calls.append(Call(self.kernel, dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs))
+
+            return launch
+
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name))))
+        yield calls
+
+
+def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tuple[list[Call], attention.Plan]:
+    dtype, kv_heads, heads = torch.bfloat16, 8, 8 * shape.groups
+    stored = empty(1000, shape.page, kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
+    keys, values = stored.transpose(1, 2).split(shape.head_dim, dim=-1)
+    scale = empty(1, dtype=torch.float32) if cache_dtype.itemsize == 1 else None
+    table = empty(shape.num_reqs, MAX_MODEL_LEN // shape.page, dtype=torch.int32)
+    cache = attention.PagedCache(keys, values, table, shape.page, scale, scale)
+    rows = shape.num_reqs * shape.blocks * shape.width
+    verification = None
+    if shape.verify:
+        count = shape.num_reqs * shape.verify
+        verification = attention.Verification(
+            empty(count, heads, shape.head_dim, dtype=dtype),
+            empty(count, dtype=torch.int32),
+            shape.verify,
+            empty(count, heads, shape.head_dim, dtype=dtype),
+            empty(shape.num_reqs + 1, dtype=torch.int32) if shape.ragged else None,
+        )
+    per_request = shape.verify + shape.blocks * shape.width
+    plan = attention.make_plan(
+        shape.num_reqs, per_request, heads, kv_heads, shape.head_dim, dtype, cache_dtype, "meta", target=gpu.target
+    )
+    # Queries and keys come out of norm and rotation, values straight out of the projection of all three.
+    projected = empty(rows, heads + 2 * kv_heads, shape.head_dim, dtype=dtype)
+    with recorded(dual_view_device, "attend", "merge") as calls:
+        attention.dual_view_attention(
+            empty(rows, heads, shape.head_dim, dtype=dtype),
+            empty(rows, kv_heads, shape.head_dim, dtype=dtype),
+            projected[:, heads + kv_heads :],
+            cache,
+            empty(shape.num_reqs, shape.blocks, dtype=torch.int32),
+            shape.head_dim**-0.5,
+            plan=plan,
+            verification=verification,
+        )
+    return calls, plan
+
+
+def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
+    """What surrounds the forwards of so many requests with the released heads."""
+    int32, float32, shape = torch.int32, torch.float32, RELEASED
+    slots, room, count = shape.max_num_reqs, shape.at_once, shape.num_hypotheses(num_reqs)
+    batch = prepare_block.BatchState(
+        empty(num_reqs), empty(num_reqs + 1, dtype=int32), empty(8192), empty(num_reqs, dtype=int32),
+        empty(num_reqs, dtype=int32), empty(slots, 1), empty(1, slots, dtype=int32),
+    )  # fmt: skip
+    sources, targets = (empty(size, MAX_MODEL_LEN // 16, dtype=int32) for size in (slots, room))
+    tables = prepare_block.BlockTables([sources], [targets], [16], empty(1, 5))
+    rows = prepare_block.BlockRows(
+        empty(room, shape.block), empty(room, shape.block), empty(room, dtype=int32), empty(room, shape.drafts), tables
+    )
+    with recorded(prepare_block, "_prepare") as prepare:
+        prepare_block.prepare_blocks(empty(num_reqs), batch, rows, shape.mask_token_id, MAX_MODEL_LEN, None, -1)
+    accepted, token = (empty(slots + 1, shape.hypotheses) for _ in range(2))
+    remembered = prepare_hypotheses.Remembered(empty(slots + 1), accepted, token)
+    blocks = prepare_hypotheses.HypothesisBlocks(
+        empty(num_reqs, count, shape.block), empty(num_reqs, count, shape.block), empty(num_reqs, count, dtype=int32)
+    )
+    with recorded(prepare_hypotheses, "_prepare") as ride_along:
+        prepare_hypotheses.launch(
+            num_reqs,
+            remembered,
+            prepare_hypotheses.Verified(*batch[:3]),
+            blocks,
+            shape.mask_token_id,
+            MAX_MODEL_LEN,
+        )
+    drafts = empty(num_reqs, shape.drafts)
+    with recorded(most_probable, "_scan", "_merge") as look:
+        logits = empty(num_reqs, shape.verified, VOCABULARY, dtype=torch.bfloat16)
+        most_probable.launch(logits, drafts, empty(num_reqs, dtype=float32), policy.LOOKED_AT)
+    places, ranks = (num_reqs, shape.verified), (num_reqs, shape.verified, policy.CANDIDATES)
+    chances = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
+    offset, anchors = empty(num_reqs), rows.input_ids[:num_reqs, 0]
+    values = empty(shape.block + 1, dtype=float32)
+    with recorded(hypotheses_device, "_choose", "_match") as judge:
+        hypotheses.choose_device(*chances, drafts, anchors, offset, values, shape.hypotheses)
+        judged = hypotheses.Hypotheses(empty(num_reqs, count), empty(num_reqs, count))
+        hypotheses.match_device(judged, drafts, empty(num_reqs), anchors, offset)
+    names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
+    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
