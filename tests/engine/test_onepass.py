@@ -171,7 +171,7 @@ def _prefix(by: int) -> Plant:
 
         def faulty(self: OnePass, batch: Any) -> Any:
             rows = prepare(self, batch)
-            if rows is not None and self.prepared:
+            if rows is not None:
                 lengths = rows.blocks.prefix_lengths
                 lengths += by * (lengths > 0).int()
             return rows
@@ -182,15 +182,15 @@ def _prefix(by: int) -> Plant:
 
 
 def _hypotheses_permuted(patch: pytest.MonkeyPatch) -> None:
-    carried = OnePass.carried
+    forward = OnePass._forward_with_rows
 
-    def faulty(self: OnePass, batch: Any) -> bool:
-        rows = self.views(batch.num_reqs)
+    def faulty(self: OnePass, ids: Any, positions: Any, embedded: Any, rows: HypothesisRows) -> torch.Tensor:
+        verified = forward(self, ids, positions, embedded, rows)
         n, count = rows.blocks.prefix_lengths.shape
         rows.hidden.copy_(rows.hidden.view(n, count, -1).roll(1, dims=1).reshape(rows.hidden.shape))
-        return carried(self, batch)
+        return verified
 
-    patch.setattr(OnePass, "carried", faulty)
+    patch.setattr(OnePass, "_forward_with_rows", faulty)
 
 
 FAULTS = {"prefix too long": _prefix(+1), "prefix too short": _prefix(-1), "permuted": _hypotheses_permuted}
