@@ -1,6 +1,7 @@
 # make demo     serve the tiny model with and without its head, and compare
 # make serve    keep it served, on port 8000
 # make test     all tests, against both supported versions of vLLM
+# make kernels-compiled    every kernel and shape, compiled for every GPU with the Tritons that vLLM brings there
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
 # make engine-check    the same for the whole engine, in phases: those that have no evidence yet
 # make lint, unit, kernels, engine, engine-newer    parts of that
@@ -9,7 +10,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 NEWER = $(VENV)/vllm-0.33
 
-.PHONY: demo serve test env lint unit kernels engine engine-newer gpu-check engine-check clean
+.PHONY: demo serve test env lint unit kernels kernels-compiled engine engine-newer gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -32,6 +33,10 @@ unit: env
 
 kernels: env
 	$(RUN) pytest tests/kernels -q
+
+# Nearly half an hour of one core. The tests of `kernels` do the few that need most.
+kernels-compiled: env
+	$(RUN) benchmarks.kernel_resources --pinned --write
 
 engine: env
 	$(RUN) pytest tests/engine -q
