@@ -2,6 +2,7 @@
 # make serve    keep it served, on port 8000
 # make quick    lint, types, and the fast tests of everything that needs no vLLM
 # make test     all tests, against both supported versions of vLLM
+# make kernels-compiled    every kernel and shape, compiled for every GPU with the Tritons that vLLM brings there
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
 # make engine-check    the same for the whole engine, in phases that go on where they stopped
 # make lint, unit, kernels, rehearsal, engine, engine-newer    parts of `make test`
@@ -12,7 +13,8 @@ NEWER = $(VENV)/vllm-0.33
 # Two parts at a time, so each may have one core: models as small as the tests' gain nothing from more.
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs=2 --output-sync=target
 
-.PHONY: demo serve quick test env newer lint unit kernels rehearsal engine engine-newer gpu-check engine-check clean
+.PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
+.PHONY: gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -44,6 +46,10 @@ kernels: env
 # What a GPU runs, on a CPU.
 rehearsal: env
 	$(RUN) pytest tests/rehearsal -q
+
+# Nearly half an hour of one core. The tests of `kernels` do the few that need most.
+kernels-compiled: env
+	$(RUN) benchmarks.kernel_resources --pinned --write
 
 engine: env
 	$(RUN) pytest tests/engine -q
