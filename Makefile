@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+TEST = $(RUN) pytest -q --durations=10
 NEWER = $(VENV)/vllm-0.33
 # Two parts at a time, so each may have one core: models as small as the tests' gain nothing from more.
 SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs=2 --output-sync=target
@@ -38,28 +39,28 @@ lint: env
 	$(RUN) mypy
 
 unit: env
-	$(RUN) pytest tests/unit -q $(ONLY)
+	$(TEST) tests/unit $(ONLY)
 
 kernels: env
-	$(RUN) pytest tests/kernels -q $(ONLY)
+	$(TEST) tests/kernels $(ONLY)
 
 # What a GPU runs, on a CPU.
 rehearsal: env
-	$(RUN) pytest tests/rehearsal -q
+	$(TEST) tests/rehearsal
 
 # Nearly half an hour of one core. The tests of `kernels` do the few that need most.
 kernels-compiled: env
 	$(RUN) benchmarks.kernel_resources --pinned --write
 
 engine: env
-	$(RUN) pytest tests/engine -q
+	$(TEST) tests/engine
 
 # The newer vLLM has no CPU build yet; its Python runs over the older one's binaries.
 newer: env
 	@$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
 
 engine-newer: newer
-	PYTHONPATH=$(NEWER) $(RUN) pytest tests/engine tests/rehearsal -q -m "not slow"
+	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow"
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:
