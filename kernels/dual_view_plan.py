@@ -65,7 +65,9 @@ def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torc
     if target.shared > 200 * 1024:
         return Tiles(rows, 32 if wide else 64, 4, 4, 1 if wide else 2)
     if target.shared > 80 * 1024:
-        return Tiles(rows, 32, 4, 3 if wide else 4, 2 if target.shared > 160 * 1024 and not wide else 1)
+        places = 2 if target.shared > 160 * 1024 and not wide else 1
+        # Widening fp8 takes registers: spread over more threads where another program would find no place anyway.
+        return Tiles(rows, 32, 8 if narrow and rows == 64 and places == 1 else 4, 3 if wide else 4, places)
     return Tiles(rows, 32, 4, 2, 2)
 
 
