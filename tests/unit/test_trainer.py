@@ -189,7 +189,7 @@ def test_two_processes_train_as_one(settings: dict[str, Any], tmp_path: Path, wr
 
 @pytest.mark.slow
 def test_a_minute_of_the_shipped_recipe_improves_the_head(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
-    """The recipe of the tiny checkpoint, on a little of its kind of text, for as long as a test may take."""
+    """The recipe of the tiny checkpoint, on a little of its kind of text: so many steps, however long one takes."""
     lines = [
         {"prompt": f"Count from {i} to {i + 24 * step} in steps of {step}.",
          "answer": ", ".join(map(str, range(i, i + 25 * step, step)))}
@@ -200,8 +200,8 @@ def test_a_minute_of_the_shipped_recipe_improves_the_head(tmp_path: Path, write_
         f"output={tmp_path / 'run'}",
         f"data.source={data}",
         f"base={TINY / 'base'}",
-        "run.max_minutes=0.75",
-        "run.max_steps=60",
+        "run.max_minutes=6",
+        "run.max_steps=16",
         "run.log_every=1",
         "run.checkpoint_every=1000",
         "evaluation.prompts=null",
