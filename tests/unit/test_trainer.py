@@ -188,7 +188,7 @@ def test_two_processes_train_as_one(settings: dict[str, Any], tmp_path: Path, wr
 
 
 @pytest.mark.slow
-def test_a_minute_of_the_shipped_recipe_improves_the_head(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
+def test_some_steps_of_the_shipped_recipe_improves_the_head(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     """The recipe of the tiny checkpoint, on a little of its kind of text: so many steps, however long one takes."""
     lines = [
         {"prompt": f"Count from {i} to {i + 24 * step} in steps of {step}.",

@@ -11,16 +11,15 @@ from vllm_orthrus.integration.registry import Patch, is_property, takes
 def _set_max_num_scheduled_tokens(original: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def _set_max_num_scheduled_tokens(self: Any) -> None:
-        original(self)
         spec = self.speculative_config
-        if spec is None or spec.method != METHOD:
-            return
-        budget, block = self.scheduler_config.max_num_batched_tokens, spec.orthrus_block_size
-        if budget < block:
-            raise ValueError(
-                f"max_num_batched_tokens={budget} has no room for one draft block of orthrus_block_size={block} rows. "
-                f"Raise max_num_batched_tokens to at least {block}, or give a smaller orthrus_block_size."
-            )
+        if spec is not None and spec.method == METHOD:
+            budget, block = self.scheduler_config.max_num_batched_tokens, spec.orthrus_block_size
+            if budget < block:
+                raise ValueError(
+                    f"max_num_batched_tokens={budget} has no room for one draft block of orthrus_block_size={block} "
+                    f"rows. Raise max_num_batched_tokens to at least {block}, or give a smaller orthrus_block_size."
+                )
+        original(self)
 
     return _set_max_num_scheduled_tokens
 
