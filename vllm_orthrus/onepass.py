@@ -24,7 +24,7 @@ from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, 
 from vllm_orthrus.settings import DraftShape
 from vllm_orthrus.verification import BackendVerification, FusedVerification, OnePassAttention
 from vllm_orthrus.view import DiffusionView
-from vllm_orthrus.warmup import hypotheses_of_nobody
+from vllm_orthrus.warmup import attend_to_nothing
 
 
 class HypothesisRows(NamedTuple):
@@ -117,9 +117,19 @@ class OnePass:
 
     def warm_up(self, batch: InputBatch) -> Iterator[int]:
         """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
-        for num_reqs in hypotheses_of_nobody(self):
-            self._fill(self.views(num_reqs), batch, 0)
+        for num_reqs in range(1, self.shape.most_carried + 1):
+            assert self.attention is not None
+            rows = self._nobodys(self.attention, num_reqs)
+            attend_to_nothing(self.attention.blocks, rows.blocks, self.attention.nothing(num_reqs))
+            self._fill(rows, batch, 0)
             yield num_reqs
+
+    def _nobodys(self, attention: OnePassAttention, num_reqs: int) -> HypothesisRows:
+        """Rows without a hypothesis, beside a verification without rows."""
+        attention.clear()
+        rows = self.views(num_reqs)
+        rows.blocks.prefix_lengths.fill_(-1)
+        return rows
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
         """Rows without a hypothesis, to capture a graph with."""
@@ -127,10 +137,7 @@ class OnePass:
             return None
         if num_tokens != num_reqs * self.shape.verified or self.shape.num_hypotheses(num_reqs) == 0:
             return None
-        self.attention.clear()
-        views = self.views(num_reqs)
-        views.blocks.prefix_lengths.fill_(-1)
-        return views._replace(captured_for=(num_reqs, num_tokens))
+        return self._nobodys(self.attention, num_reqs)._replace(captured_for=(num_reqs, num_tokens))
 
     def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
         """The rows of this many requests, whatever stands in them."""

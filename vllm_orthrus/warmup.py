@@ -5,17 +5,11 @@ cut up, depends on the number of requests. vLLM's own warm-up sees a few of thes
 as real ones and nobody's: they read no cache, sample nothing and leave no trace.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 
 from vllm_orthrus.attention import BlockAttention, Blocks
 from vllm_orthrus.kernel_attention import KernelAttention
 from vllm_orthrus.kernels.dual_view_attention import Verification
-
-if TYPE_CHECKING:
-    from vllm_orthrus.onepass import OnePass
 
 
 def attend_to_nothing(attention: BlockAttention, blocks: Blocks, verified: Verification | None = None) -> None:
@@ -32,14 +26,3 @@ def attend_to_nothing(attention: BlockAttention, blocks: Blocks, verified: Verif
         q, k, v = (torch.zeros(blocks.positions.numel(), width, **like) for width in (heads, kv_heads, kv_heads))
         attention.begin(blocks)
         attention(index, q, k, v, verified)
-
-
-def hypotheses_of_nobody(one_pass: "OnePass") -> Iterator[int]:
-    """For each number of requests that can have hypotheses: their rows attended to, and the number."""
-    assert one_pass.attention is not None
-    for num_reqs in range(1, one_pass.shape.most_carried + 1):
-        one_pass.attention.clear()
-        blocks = one_pass.views(num_reqs).blocks
-        blocks.prefix_lengths.fill_(-1)
-        attend_to_nothing(one_pass.attention.blocks, blocks, one_pass.attention.nothing(num_reqs))
-        yield num_reqs
