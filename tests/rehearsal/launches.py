@@ -8,6 +8,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
+from vllm_orthrus.integration import install
+
 
 class Launch(NamedTuple):
     kernel: str
@@ -26,6 +28,7 @@ class Recorder:
 
     @contextmanager
     def recording(self, patch: pytest.MonkeyPatch) -> Iterator["Recorder"]:
+        install()  # first: native versions replace the same function, for good
         run = InterpretedFunction.run
 
         def recorded(function: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
