@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from vllm_orthrus import policy
+from vllm_orthrus.engine.settings import MAX_PASS_ROWS, DraftShape
 from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels import (
     dual_view_device,
@@ -21,7 +21,7 @@ from vllm_orthrus.kernels import (
     prepare_hypotheses,
 )
 from vllm_orthrus.kernels.dual_view_plan import Target
-from vllm_orthrus.settings import MAX_PASS_ROWS, DraftShape
+from vllm_orthrus.policy import chances
 
 KIB = 1024
 
@@ -199,13 +199,13 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     drafts = empty(num_reqs, shape.drafts)
     with recorded(most_probable, "_scan", "_merge") as look:
         logits = empty(num_reqs, shape.verified, VOCABULARY, dtype=torch.bfloat16)
-        most_probable.launch(logits, drafts, empty(num_reqs, dtype=float32), policy.LOOKED_AT)
-    places, ranks = (num_reqs, shape.verified), (num_reqs, shape.verified, policy.CANDIDATES)
-    chances = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
+        most_probable.launch(logits, drafts, empty(num_reqs, dtype=float32), chances.LOOKED_AT)
+    places, ranks = (num_reqs, shape.verified), (num_reqs, shape.verified, chances.CANDIDATES)
+    likely = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
     offset, anchors = empty(num_reqs), rows.input_ids[:num_reqs, 0]
     values = empty(shape.block + 1, dtype=float32)
     with recorded(hypotheses_device, "_choose", "_match") as judge:
-        hypotheses.choose_device(*chances, drafts, anchors, offset, values, shape.hypotheses)
+        hypotheses.choose_device(*likely, drafts, anchors, offset, values, shape.hypotheses)
         judged = hypotheses.Hypotheses(empty(num_reqs, count), empty(num_reqs, count))
         hypotheses.match_device(judged, drafts, empty(num_reqs), anchors, offset)
     names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")

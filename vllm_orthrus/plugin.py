@@ -13,13 +13,13 @@ def platform() -> None:
     point only because this is the last moment before vLLM looks for Triton, and
     a vLLM built for CPUs needs Triton's interpreter to run Model Runner V2.
     """
-    from vllm_orthrus.integration.cpu import enable_interpreter
+    from vllm_orthrus.patches.cpu import enable_interpreter
 
     enable_interpreter()
 
 
 def register() -> None:
     """``vllm.general_plugins``: teach this process's vLLM ``method: orthrus``."""
-    from vllm_orthrus.integration import install
+    from vllm_orthrus.patches import install
 
     install()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-from vllm_orthrus.graphs import BlockGraphs, OutcomeGraphs
-from vllm_orthrus.integration.runner import (
+from vllm_orthrus.engine.graphs import BlockGraphs, OutcomeGraphs
+from vllm_orthrus.engine.vllm import (
     BatchExecutionDescriptor,
     CudaGraphManager,
     CUDAGraphMode,

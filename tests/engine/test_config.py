@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints
-from vllm_orthrus.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
+from vllm_orthrus.engine.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
 
 
 def build(model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> VllmConfig:

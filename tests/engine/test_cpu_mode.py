@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 import triton.language.extra.libdevice as tldevice
 
-from vllm_orthrus.integration.cpu import interpreter_enabled
+from vllm_orthrus.patches.cpu import interpreter_enabled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles its kernels")
 
@@ -86,7 +86,7 @@ def test_a_real_cpu_compiler_is_left_alone() -> None:
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
         "from triton.backends import backends; backends['cpu'] = real = backends['nvidia']\n"
-        "from vllm_orthrus.integration import cpu; cpu.enable_interpreter()\n"
+        "from vllm_orthrus.patches import cpu; cpu.enable_interpreter()\n"
         "print(backends['cpu'] is real, cpu.interpreter_enabled(), 'TRITON_INTERPRET' in os.environ)"
     )
     assert _child(code) == "True False False"
@@ -95,7 +95,7 @@ def test_a_real_cpu_compiler_is_left_alone() -> None:
 def test_other_builds_of_vllm_are_left_alone() -> None:
     code = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from vllm_orthrus.integration import cpu; cpu.version = lambda name: '0.33.0'; cpu.enable_interpreter()\n"
+        "from vllm_orthrus.patches import cpu; cpu.version = lambda name: '0.33.0'; cpu.enable_interpreter()\n"
         "print(cpu.interpreter_enabled(), 'TRITON_INTERPRET' in os.environ)"
     )
     assert _child(code) == "False False"

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.ir.op import IrOp
 from vllm.model_executor.layers.activation import SiluAndMul
 
-from vllm_orthrus.integration.fused_ops import fused, unfused_ops
+from vllm_orthrus.engine.fused_ops import fused, unfused_ops
 
 
 def test_nothing_on_a_cpu() -> None:

@@ -9,12 +9,13 @@ import torch
 from tests.engine.closures import ForwardClosures
 from tests.engine.conftest import THOROUGH, Checkpoints, StartEngine, one_pass
 from tests.engine.harness import UNDER_PRESSURE, Engine, prompts, says_the_same_under_pressure
-from vllm_orthrus import kernel_attention, verification
-from vllm_orthrus.attention import GatherAttention
-from vllm_orthrus.integration.target_attention import Attention
+from vllm_orthrus.engine.attention import kernel as kernel_attention
+from vllm_orthrus.engine.attention.gather import GatherAttention
+from vllm_orthrus.engine.onepass import verification
+from vllm_orthrus.engine.onepass.forward import HypothesisRows, OnePass
+from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification
+from vllm_orthrus.engine.target_attention import Attention
 from vllm_orthrus.kernels.dual_view_attention import naive
-from vllm_orthrus.onepass import HypothesisRows, OnePass
-from vllm_orthrus.verification import BackendVerification, FusedVerification
 
 Forward = Callable[..., torch.Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosures, PiecewiseClosures
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
-from vllm_orthrus.integration.runner import CUDAGraphMode
+from vllm_orthrus.engine.vllm import CUDAGraphMode
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 20, 64])

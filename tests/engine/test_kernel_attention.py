@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.conftest import THOROUGH, Checkpoints, StartEngine
 from tests.engine.harness import prompts
-from vllm_orthrus.write_through import CheckedAttention
+from vllm_orthrus.engine.attention.write_through import CheckedAttention
 
 # Interpreted, a draft takes about half a second.
 DRAFTS = 2000 if THOROUGH else 60

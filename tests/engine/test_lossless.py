@@ -11,7 +11,7 @@ from tests.engine import checkpoints
 from tests.engine.checkpoints import VOCAB
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, prompts
-from vllm_orthrus.speculator import OrthrusSpeculator
+from vllm_orthrus.engine.speculator import OrthrusSpeculator
 
 
 @pytest.fixture(scope="module", params=["one", "two"])

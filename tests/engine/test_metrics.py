@@ -8,8 +8,8 @@ import pytest
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from tests.engine.test_lossless import HostReads
-from vllm_orthrus.counting import LateCounts
-from vllm_orthrus.integration import metrics
+from vllm_orthrus.engine.onepass.counters import LateCounts
+from vllm_orthrus.patches import metrics
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -25,10 +25,10 @@ from vllm.v1.worker.gpu.structured_outputs import _apply_grammar_bitmask_kernel
 
 from tests.engine.conftest import StartEngine, one_pass
 from tests.engine.harness import prompts
-from vllm_orthrus import integration
-from vllm_orthrus.integration.cpu import interpreter_enabled
-from vllm_orthrus.integration.native import launch
-from vllm_orthrus.integration.versions import vllm_is
+from vllm_orthrus import patches
+from vllm_orthrus.patches.cpu import interpreter_enabled
+from vllm_orthrus.patches.native import launch
+from vllm_orthrus.patches.versions import vllm_is
 
 pytestmark = pytest.mark.skipif(not interpreter_enabled(), reason="a real compiler for CPUs is present")
 
@@ -77,7 +77,7 @@ def _same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    assert integration.install()
+    assert patches.install()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
 from tests.engine.subprocesses import result_of
 from vllm_orthrus.demo.server import Server, serving
-from vllm_orthrus.integration.metrics import METRICS
+from vllm_orthrus.patches.metrics import METRICS
 
 pytestmark = pytest.mark.slow
 

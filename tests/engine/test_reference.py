@@ -8,10 +8,10 @@ import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, Run, prompts
-from vllm_orthrus.draft_rows import DraftRows
-from vllm_orthrus.speculator import OrthrusSpeculator
+from vllm_orthrus.engine.draft_rows import DraftRows
+from vllm_orthrus.engine.speculator import OrthrusSpeculator
+from vllm_orthrus.engine.view import DiffusionAttention
 from vllm_orthrus.training.reference import Reference
-from vllm_orthrus.view import DiffusionAttention
 
 
 class DraftPass(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Checkpoints
-from vllm_orthrus import integration
-from vllm_orthrus.integration import metrics
-from vllm_orthrus.integration.registry import Patch, State, apply_all, is_property, literals, locate, takes
+from vllm_orthrus import patches
+from vllm_orthrus.patches import metrics
+from vllm_orthrus.patches.registry import Patch, State, apply_all, is_property, literals, locate, takes
 
 
 class Target:
@@ -88,14 +88,14 @@ def test_importers_by_name_are_followed() -> None:
     import vllm.v1.worker.gpu.model_runner as model_runner
     import vllm.v1.worker.gpu.spec_decode as spec_decode
 
-    assert integration.install()
+    assert patches.install()
     assert model_runner.init_speculator is spec_decode.init_speculator
 
 
 def test_every_patch_applies_here() -> None:
-    assert integration.install()
+    assert patches.install()
     metrics.count_in_this_worker()
-    for one in (*integration.PATCHES, *integration.WORKER_PATCHES):
+    for one in (*patches.PATCHES, *patches.WORKER_PATCHES):
         assert one.state in (State.APPLIED, State.NOT_NEEDED), f"{one.target}: {one.problem}"
 
 
@@ -118,15 +118,15 @@ def test_an_unknown_model_runner_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_patch_explains_itself() -> None:
-    for one in (*integration.PATCHES, *integration.WORKER_PATCHES):
+    for one in (*patches.PATCHES, *patches.WORKER_PATCHES):
         assert all((one.why, one.upstream, one.remove_when)), one.target
 
 
 def test_installing_twice_changes_nothing() -> None:
-    assert integration.install()
-    applied = [one for one in integration.PATCHES if one.state is State.APPLIED]
+    assert patches.install()
+    applied = [one for one in patches.PATCHES if one.state is State.APPLIED]
     before = [locate(one.target).get() for one in applied]
-    assert integration.install()
+    assert patches.install()
     assert [locate(one.target).get() for one in applied] == before
     choices = literals(locate("vllm.config.speculative:SpeculativeConfig.__dataclass_fields__[method].type").get())
     assert choices.count("orthrus") == 1
@@ -137,11 +137,11 @@ def test_unsupported_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog:
 
     vllm_logger = logging.getLogger("vllm")
     monkeypatch.setattr(vllm_logger, "propagate", True)
-    monkeypatch.setattr(integration, "SUPPORTED_VLLM", ">=0.99")
-    monkeypatch.setattr(integration, "_refused", False)
-    monkeypatch.setattr(integration, "apply_all", lambda patches: pytest.fail("patched an unsupported vLLM"))
-    assert not integration.install()
-    assert not integration.install()
+    monkeypatch.setattr(patches, "SUPPORTED_VLLM", ">=0.99")
+    monkeypatch.setattr(patches, "_refused", False)
+    monkeypatch.setattr(patches, "apply_all", lambda patches: pytest.fail("patched an unsupported vLLM"))
+    assert not patches.install()
+    assert not patches.install()
     # vLLM's handlers may hand one record to the capture twice; a second call would make a second record.
     messages = {id(record): record.getMessage() for record in caplog.records if "vllm-orthrus" in record.getMessage()}
     assert len(messages) == 1

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from tests.engine.conftest import THOROUGH, StartEngine
 from vllm_orthrus.training.evaluate import read_prompts
-from vllm_orthrus.training.onepass import OnePass, figures
-from vllm_orthrus.training.onepass import Run as SimulatedRun
 from vllm_orthrus.training.reference import Cycle, Reference, tokens_per_cycle
+from vllm_orthrus.training.simulator import OnePass, figures
+from vllm_orthrus.training.simulator import Run as SimulatedRun
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-orthrus"
 PROMPTS, LENGTH = 200, 128

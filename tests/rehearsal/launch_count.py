@@ -24,7 +24,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-from vllm_orthrus import speculator
+from vllm_orthrus.engine import speculator
 
 BY_HAND = (RMSNorm, SiluAndMul, RotaryEmbedding)
 RESERVES = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from vllm_orthrus.integration import install
+from vllm_orthrus.patches import install
 
 
 class Launch(NamedTuple):

@@ -86,7 +86,7 @@ def load(*settings: tuple[str, Any]) -> Loaded:
     from vllm.v1.worker.gpu.attn_utils import init_attn_backend
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
-    from vllm_orthrus.speculator import OrthrusSpeculator
+    from vllm_orthrus.engine.speculator import OrthrusSpeculator
 
     config, device = configure(dict(settings)), torch.device("meta")
     most, drafts = config.scheduler_config.max_num_seqs, config.speculative_config.num_speculative_tokens

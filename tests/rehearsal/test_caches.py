@@ -12,8 +12,8 @@ CACHES = ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 def refusals() -> dict[str, str | None]:
     """By `kv_cache_dtype`, why a layer of FlashInfer's has a cache that cannot be read."""
-    from vllm_orthrus.attention import CachedLayer
-    from vllm_orthrus.kernel_attention import unreadable
+    from vllm_orthrus.engine.attention.blocks import CachedLayer
+    from vllm_orthrus.engine.attention.kernel import unreadable
 
     backend = SimpleNamespace(get_name=lambda: "FLASHINFER")  # not installed where there is no GPU
     layers = {dtype: SimpleNamespace(attn_backend=backend, kv_cache_dtype=dtype, head_size=128) for dtype in CACHES}

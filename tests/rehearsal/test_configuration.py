@@ -21,8 +21,8 @@ CAPTURED = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 def configuration() -> dict[str, Any]:
     from vllm.platforms import current_platform
 
-    from vllm_orthrus.integration import PATCHES, State
-    from vllm_orthrus.integration.cpu import interpreter_enabled
+    from vllm_orthrus.patches import PATCHES, State
+    from vllm_orthrus.patches.cpu import interpreter_enabled
 
     config = configure()
     compilation, scheduler, ours = config.compilation_config, config.scheduler_config, config.speculative_config

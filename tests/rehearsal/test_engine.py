@@ -10,9 +10,9 @@ import torch
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
 from tests.rehearsal.launches import Launch, Recorder
+from vllm_orthrus.engine.speculator import OrthrusSpeculator
 from vllm_orthrus.kernels import hypotheses_device
 from vllm_orthrus.kernels.forms import SETTING
-from vllm_orthrus.speculator import OrthrusSpeculator
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
 GIVEN = prompts(5, shortest=9)

@@ -15,7 +15,7 @@ def implementations() -> dict[str, Any]:
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from vllm_orthrus.integration.fused_ops import fused, unfused_ops
+    from vllm_orthrus.engine.fused_ops import fused, unfused_ops
 
     def providers() -> dict[str, list[str]]:
         return {name: op.get_priority() for name, op in IrOp.registry.items()}
@@ -55,7 +55,7 @@ def naming_all() -> str:
     from vllm.config.kernel import IrOpPriorityConfig
     from vllm.platforms import current_platform
 
-    from vllm_orthrus.integration.fused_ops import BY_HAND
+    from vllm_orthrus.engine.fused_ops import BY_HAND
 
     assert torch.cuda.is_available()
     current_platform.import_ir_kernels()

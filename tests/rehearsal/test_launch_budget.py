@@ -10,10 +10,10 @@ import torch
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from tests.rehearsal.launch_count import LaunchCount, Part
+from vllm_orthrus.engine.view import DiffusionAttention
 from vllm_orthrus.kernels import dual_view_plan
 from vllm_orthrus.kernels.dual_view_plan import Target
 from vllm_orthrus.kernels.forms import SETTING
-from vllm_orthrus.view import DiffusionAttention
 
 # Our attention is two launches wherever it cuts prefixes into splits; here a GPU so small that it can be interpreted.
 GPU = Target(False, 99 * 1024, 24)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_orthrus.counting import LateCounts
+from vllm_orthrus.engine.onepass.counters import LateCounts
 
 
 class Arrival:

@@ -12,7 +12,6 @@ from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.unit.conftest import SHAPES, make_base, make_head
 from vllm_orthrus import heads
-from vllm_orthrus.conversion import HEAD_SHARD, extract_head, merge_head
 from vllm_orthrus.heads import (
     BaseShape,
     HeadConfig,
@@ -23,6 +22,7 @@ from vllm_orthrus.heads import (
     resolve_head,
     save_head,
 )
+from vllm_orthrus.heads.convert import HEAD_SHARD, extract_head, merge_head
 
 QWEN3_8B = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 36, "hidden_size": 4096,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.unit.conftest import SHAPES, make_base, make_head, make_reference
-from vllm_orthrus.conversion import merge_head
 from vllm_orthrus.heads import HeadConfig, HeadError, open_head, save_head
+from vllm_orthrus.heads.convert import merge_head
 from vllm_orthrus.training.reference import Reference
 
 PROMPTS = [[5, 17, 3, 99, 41], [7, 8], [11, 54, 2, 2, 90, 61, 33, 120, 4]]

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions() -> Iterator[Finding]:
-    from vllm_orthrus.integration.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
+    from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
     yield Finding("ok", "python", sys.version.split()[0])
     vllm = installed_vllm()
@@ -93,7 +93,7 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _patches(explain: bool) -> Iterator[Finding]:
-    from vllm_orthrus.integration.versions import installed_vllm
+    from vllm_orthrus.patches.versions import installed_vllm
 
     if installed_vllm() is None:
         yield Finding("note", "not checked", "no vLLM to check them against")
@@ -102,12 +102,12 @@ def _patches(explain: bool) -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     yield Finding("ok", "platform", str(current_platform.device_name or current_platform.device_type))
-    from vllm_orthrus.integration import PATCHES, WORKER_PATCHES, State, install
-    from vllm_orthrus.integration.cpu import interpreter_enabled
-    from vllm_orthrus.integration.metrics import count_in_this_worker
+    from vllm_orthrus.patches import PATCHES, WORKER_PATCHES, State, install
+    from vllm_orthrus.patches.cpu import interpreter_enabled
+    from vllm_orthrus.patches.metrics import count_in_this_worker
 
     if interpreter_enabled():
-        from vllm_orthrus.integration.native import recognised
+        from vllm_orthrus.patches.native import recognised
 
         found = recognised()
         others = [name.partition(":")[2] for name, known in found.items() if not known]

@@ -78,8 +78,8 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_extract(options: argparse.Namespace) -> int:
     import torch
 
-    from vllm_orthrus.conversion import extract_head
     from vllm_orthrus.heads import open_head
+    from vllm_orthrus.heads.convert import extract_head
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     checkpoint = open_head(options.checkpoint, options.revision)
@@ -89,8 +89,8 @@ def run_extract(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    from vllm_orthrus.conversion import merge_head
     from vllm_orthrus.heads import open_head
+    from vllm_orthrus.heads.convert import merge_head
 
     merge_head(open_head(options.head, options.revision), options.base, options.output)
     print(f"{options.output}: {options.base} with {options.head}")

@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from vllm_orthrus.policy import streamed_bytes, time_ratio
+    from vllm_orthrus.policy.cost import streamed_bytes, time_ratio
     from vllm_orthrus.training.evaluate import Setting, decode, first_per_class, read_prompts
-    from vllm_orthrus.training.onepass import OnePass, figures
     from vllm_orthrus.training.reference import Reference, tokens_per_cycle
+    from vllm_orthrus.training.simulator import OnePass, figures
 
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     prompts = first_per_class(read_prompts(options.prompts, tokenizer), options.per_class)

@@ -1,0 +1,1 @@
+"""How a block of fresh rows sees the target's cache: one interface, three ways."""

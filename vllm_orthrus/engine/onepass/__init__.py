@@ -1,0 +1,1 @@
+"""Drafting the next block inside the current verification."""

@@ -1,0 +1,238 @@
+"""One pass: draft blocks for the outcomes that verification may have, computed inside that very verification.
+
+The target's forward gets the rows of H hypotheses per request behind its own. In every layer the verification rows go
+first and write their keys and values; the hypothesis rows then take the diffusion projections and see the prefix that
+their hypothesis stands for, drafts included:
+
+    ar, hy = attention(norm(hidden)[verification]), diffusion(norm(hidden)[hypotheses])     see verification.py
+    hidden = mlp(norm(concat(ar, hy)))
+
+Norms, MLPs and the embedding serve both kinds of rows in one product. A hypothesis that comes true is therefore exactly
+the block a separate draft pass would have computed, and there is one full-depth forward per engine step.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_orthrus.engine.attention.blocks import BlockAttention, Blocks
+from vllm_orthrus.engine.attention.kernel import KernelAttention
+from vllm_orthrus.engine.onepass.memory import HypothesisState
+from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification, OnePassAttention
+from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.view import DiffusionView
+from vllm_orthrus.engine.vllm import CUDAGraphMode, DefaultModelState, InputBatch, ModelConfig
+from vllm_orthrus.engine.warmup import attend_to_nothing
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
+
+
+class HypothesisRows(NamedTuple):
+    """Rows that ride along with a verification. Views of buffers that stay where they are."""
+
+    input_ids: torch.Tensor  # [num_reqs * H * block]
+    positions: torch.Tensor  # [num_reqs * H * block]
+    blocks: Blocks
+    hidden: torch.Tensor  # [num_reqs * H * block, hidden], filled by the forward
+    captured_for: tuple[int, int] | None = None  # requests and tokens of the graph that is to hold these rows
+
+
+class OnePass:
+    """The target's forward with hypothesis rows, and the buffers that those rows live in."""
+
+    def __init__(
+        self, view: DiffusionView, shape: DraftShape, model: ModelConfig, fused: bool, device: torch.device
+    ) -> None:
+        self.view, self.shape, self.model_config, self.fused = view, shape, model, fused
+        self.state = HypothesisState(shape, model, device)
+        self.plain_forward = view.target.forward
+        self.attention: OnePassAttention | None = None  # known once there is a cache
+        self.tables: list[torch.Tensor] = []
+
+        most = shape.block * shape.most_blocks
+        self.input_ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self.prefix_lengths = torch.full((shape.most_blocks,), -1, dtype=torch.int32, device=device)
+        self.hidden = torch.zeros(most, model.get_hidden_size(), dtype=model.dtype, device=device)
+        # Decided before each forward, from how vLLM says it will run: a replayed graph runs no Python that could tell.
+        self.mode: CUDAGraphMode | None = None
+        self.capturing = False  # a graph of the whole forward
+        self.captured: set[tuple[int, int]] = set()  # requests and tokens of the graphs that hold rows
+        self.carried = False  # the forward that ran last had its batch's rows with it
+        self._attach()
+
+    def _attach(self) -> None:
+        """Give this instance of the target the forward below, and a model state that feeds it."""
+        target = self.view.target
+        target.forward = lambda *inputs, **named: self.forward(*inputs, **named)
+        state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
+        target.get_model_state_cls = lambda: state
+
+    def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
+        """There is a cache now; until then, and without this call, the target's forward is as it was."""
+        self.tables = tables
+        self.captured.clear()
+        if self.fused:
+            assert isinstance(attention, KernelAttention)
+            self.attention = FusedVerification(attention, self.shape.most_carried)
+        else:
+            self.attention = BackendVerification(attention)
+
+    def announce(self, mode: CUDAGraphMode, capturing: bool) -> None:
+        """How the coming forward will run, or that a graph is about to be captured from it."""
+        self.mode, self.capturing = mode, capturing
+
+    def prepare(self, batch: InputBatch) -> HypothesisRows | None:
+        """The rows for this batch, if it only decodes and its forward has room for them."""
+        mode, self.mode, self.carried = self.mode, None, False
+        num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
+        count = self.shape.num_hypotheses(padded)
+        replayed = mode == CUDAGraphMode.FULL and (padded, batch.num_tokens_after_padding) in self.captured
+        # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no room for rows.
+        if self.attention is None or count == 0 or not (replayed or mode == CUDAGraphMode.NONE):
+            return None
+        self.attention.prepare(batch)
+        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
+        views = self.views(padded, longest)
+        computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
+        if not (computed >= prompt).all():
+            views.blocks.prefix_lengths.fill_(-1)  # for a graph that holds places for rows all the same
+            return None
+        self._fill(views, batch, num_reqs)
+        self.carried = True
+        return views
+
+    def _fill(self, views: HypothesisRows, batch: InputBatch, num_reqs: int) -> None:
+        by_block = (*views.blocks.prefix_lengths.shape, self.shape.block)
+        prepare_hypotheses(
+            num_reqs,
+            self.state.remembered(),
+            Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
+            HypothesisBlocks(
+                views.input_ids.view(by_block), views.positions.view(by_block), views.blocks.prefix_lengths
+            ),
+            self.shape.mask_token_id,
+            self.model_config.max_model_len,  # which `--max-model-len auto` lowers once the cache is known
+        )
+
+    def warm_up(self, batch: InputBatch) -> Iterator[int]:
+        """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
+        for num_reqs in range(1, self.shape.most_carried + 1):
+            assert self.attention is not None
+            rows = self._nobodys(self.attention, num_reqs)
+            attend_to_nothing(self.attention.blocks, rows.blocks, self.attention.nothing(num_reqs))
+            self._fill(rows, batch, 0)
+            yield num_reqs
+
+    def _nobodys(self, attention: OnePassAttention, num_reqs: int) -> HypothesisRows:
+        """Rows without a hypothesis, beside a verification without rows."""
+        attention.clear()
+        rows = self.views(num_reqs)
+        rows.blocks.prefix_lengths.fill_(-1)
+        return rows
+
+    def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
+        """Rows without a hypothesis, to capture a graph with."""
+        if self.attention is None or not self.attention.supports_graphs:
+            return None
+        if num_tokens != num_reqs * self.shape.verified or self.shape.num_hypotheses(num_reqs) == 0:
+            return None
+        return self._nobodys(self.attention, num_reqs)._replace(captured_for=(num_reqs, num_tokens))
+
+    def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
+        """The rows of this many requests, whatever stands in them."""
+        count = self.shape.num_hypotheses(num_reqs)
+        blocks = num_reqs * count
+        rows = blocks * self.shape.block
+        return HypothesisRows(
+            self.input_ids[:rows],
+            self.positions[:rows],
+            Blocks(
+                self.positions[:rows].view(num_reqs, -1),
+                self.prefix_lengths[:blocks].view(num_reqs, count),
+                [table[:num_reqs] for table in self.tables],
+                longest,
+            ),
+            self.hidden[:rows],
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        hypotheses: HypothesisRows | None = None,
+    ) -> Any:
+        # Inputs for a graph are made before it is said which kind it is.
+        for_a_piece = hypotheses is not None and hypotheses.captured_for is not None and not self.capturing
+        if hypotheses is None or for_a_piece:
+            return self.plain_forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if hypotheses.captured_for is not None:
+            self.captured.add(hypotheses.captured_for)
+        with self.view.fused():
+            return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
+
+    def _forward_with_rows(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        hypotheses: HypothesisRows,
+    ) -> torch.Tensor:
+        assert self.attention is not None
+        self.attention.begin(hypotheses.blocks)
+        base, split = self.view.target.model, len(positions)
+        embedded = base.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = torch.cat([embedded, base.embed_tokens(hypotheses.input_ids)])
+        both, residual = (positions, hypotheses.positions), None
+        for index, (layer, diffusion) in enumerate(zip(base.layers, self.view.layers, strict=True)):
+            if residual is None:
+                residual, hidden = hidden, layer.input_layernorm(hidden)
+            else:
+                hidden, residual = layer.input_layernorm(hidden, residual)
+            attended = self.attention(index, layer.self_attn, diffusion, both, hidden)
+            hidden, residual = layer.post_attention_layernorm(attended, residual)
+            hidden = layer.mlp(hidden)
+        hidden, _ = base.norm(hidden, residual)
+        hypotheses.hidden.copy_(hidden[split:])
+        verification: torch.Tensor = hidden[:split]
+        return verification
+
+
+class OnePassModelState(DefaultModelState):  # type: ignore[misc]
+    """vLLM's hook for models with inputs of their own: here, the hypothesis rows."""
+
+    one_pass: OnePass  # set on the subclass that `OnePass` makes
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: Any,
+        slot_mappings: Any,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        **named: Any,
+    ) -> dict[str, Any]:
+        self.one_pass.announce(cudagraph_mode, for_capture)
+        built: dict[str, Any] = super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture=for_capture,
+            **named,
+        )
+        return built
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: Any) -> dict[str, Any]:
+        rows = self.one_pass.prepare(input_batch)
+        return {**super().prepare_inputs(input_batch, req_states), "hypotheses": rows}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        rows = self.one_pass.dummy(num_reqs, num_tokens)
+        return {**super().prepare_dummy_inputs(num_reqs, num_tokens), "hypotheses": rows}

@@ -1,0 +1,259 @@
+"""One-pass drafting's counts, from the rank that counts to vLLM's `/metrics` and its periodic log.
+
+    worker        puts what was counted since the start beside each step's output
+    engine core   tells the front end what is new, beside vLLM's own counts of drafts
+    front end     adds it up
+
+As far as the engine core the counts are totals, so that an output that is lost, or another rank's, changes nothing.
+From there on they are differences, like all that vLLM counts, because several front ends may share them.
+
+vLLM's stat logger plugins would need none of the front end's patches, but one that is installed alters logging for
+every other method too, and Ray's metrics know nothing of it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
+from inspect import signature
+from typing import Any, NamedTuple
+
+from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.registry import Patch, apply_all, takes
+
+logger = logging.getLogger("vllm.orthrus")
+
+Counts = dict[str, int]
+
+
+class Metric(NamedTuple):
+    name: str  # vLLM clears the metrics of a former engine by this prefix
+    documentation: str
+    cause: str | None = None
+
+
+_MISSES = ("vllm:orthrus_misses", "Verifications whose outcome no hypothesis had foreseen exactly, by cause.")
+
+METRICS = {
+    "verifications": Metric("vllm:orthrus_verifications", "Verifications of a request that carried hypotheses."),
+    "hits": Metric("vllm:orthrus_hits", "Verifications whose outcome a hypothesis had foreseen exactly."),
+    "accepted_count_missed": Metric(*_MISSES, cause="accepted_count"),
+    "bonus_missed": Metric(*_MISSES, cause="bonus"),
+    "tokens": Metric("vllm:orthrus_tokens", "Tokens that came of verifications with hypotheses."),
+    "rows": Metric("vllm:orthrus_rows", "Rows in forwards with hypotheses, those of the verification included."),
+    "draft_passes": Metric("vllm:orthrus_draft_passes", "Drafts of a request that took a forward of their own."),
+}
+
+
+@dataclass
+class _Extra:
+    """The field that vLLM's stats get."""
+
+    orthrus: Counts | None = None
+
+
+def _spec_decoding_stats(original: Any) -> Any:
+    # In place: vLLM's annotations hold this very class, and msgspec reads from them what the front end decodes.
+    original.orthrus = _Extra.orthrus
+    original.__annotations__ |= _Extra.__annotations__
+    original.__dataclass_fields__ |= _Extra.__dataclass_fields__
+    return original
+
+
+def _is_dataclass(target: Any) -> str | None:
+    if not is_dataclass(target) or hasattr(target, "__slots__"):
+        return f"expected a dataclass without slots, found {target!r}"
+    return "has a field 'orthrus' of its own" if hasattr(target, "orthrus") else None
+
+
+def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        if output is not None and _is_ours(self.speculative_config):
+            output.model_runner_output.orthrus = self.speculator.counts()
+        return output
+
+    return sample_tokens
+
+
+def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        counts: Counts | None = getattr(model_runner_output, "orthrus", None)
+        if counts is not None:
+            all_stats = (output.scheduler_stats for output in outputs.values())
+            stats = next((found.spec_decoding_stats for found in all_stats if found is not None), None)
+            # None in a step that verified nothing. What it counted is in the next step's total as well.
+            if stats is not None:
+                stats.orthrus = new_since(getattr(self, "orthrus_told", {}), counts)
+                self.orthrus_told = counts
+        return outputs
+
+    return update_from_output
+
+
+def new_since(told: Mapping[str, int], counts: Counts) -> Counts:
+    """A total below what was told comes of a worker that was started again; nothing may count backwards."""
+    again = any(count < told.get(name, 0) for name, count in counts.items())
+    return {name: count - (0 if again else told.get(name, 0)) for name, count in counts.items()}
+
+
+def _init_prom(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def __init__(
+        self: Any,
+        speculative_config: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: Any,
+        is_diffusion: bool = False,
+    ) -> None:
+        original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
+        if _is_ours(speculative_config) and speculative_config.orthrus_passes == "one":
+            self.orthrus = _make_counters(self._counter_cls, labelnames, per_engine_labelvalues)
+
+    return __init__
+
+
+def _make_counters(
+    counter_cls: Callable[..., Any], labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+) -> dict[str, dict[int, Any]]:
+    """By what they count, then by engine."""
+    from vllm.v1.metrics.utils import create_metric_per_engine
+
+    families: dict[str, Any] = {}
+    counters = {}
+    for counted, metric in METRICS.items():
+        causes = [] if metric.cause is None else [metric.cause]
+        if metric.name not in families:
+            labels = [*labelnames, *(["cause"] if causes else [])]
+            families[metric.name] = counter_cls(name=metric.name, documentation=metric.documentation, labelnames=labels)
+        values = {engine: [*values, *causes] for engine, values in per_engine_labelvalues.items()}
+        counters[counted] = create_metric_per_engine(families[metric.name], values)
+    return counters
+
+
+def _observe_prom(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def observe(self: Any, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
+        original(self, spec_decoding_stats, engine_idx)
+        new: Counts | None = getattr(spec_decoding_stats, "orthrus", None)
+        if new is not None:
+            for counted, counters in getattr(self, "orthrus", {}).items():
+                counters[engine_idx].inc(new.get(counted, 0))
+
+    return observe
+
+
+def _observe_log(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def observe(self: Any, spec_decoding_stats: Any) -> None:
+        original(self, spec_decoding_stats)
+        vars(self).setdefault("orthrus", Counter()).update(getattr(spec_decoding_stats, "orthrus", None) or {})
+
+    return observe
+
+
+def _log(original: Callable[..., None]) -> Callable[..., None]:
+    vllms = signature(original).parameters["log_fn"].default
+
+    @wraps(original)
+    def log(self: Any, log_fn: Callable[..., None] = vllms) -> None:
+        original(self, log_fn)
+        counts: Counter[str] = vars(self).pop("orthrus", Counter())
+        verifications = counts["verifications"]
+        if not verifications:
+            return
+        log_fn(
+            "Orthrus in one pass: %.2f tokens per forward; %.0f%% of outcomes foreseen, %.0f%% missed for their "
+            "accepted count, %.0f%% for their bonus; %.1f rows per request and forward; "
+            "%d drafts in a pass of their own.",
+            counts["tokens"] / verifications,
+            100 * counts["hits"] / verifications,
+            100 * counts["accepted_count_missed"] / verifications,
+            100 * counts["bonus_missed"] / verifications,
+            counts["rows"] / verifications,
+            counts["draft_passes"],
+        )
+
+    return log
+
+
+def _is_ours(speculative_config: Any) -> bool:
+    return speculative_config is not None and speculative_config.method == METHOD
+
+
+_UPSTREAM = "vLLM has stat logger plugins for the front end, and no way for a speculator to reach them"
+_REMOVE_WHEN = "a speculator can count things of its own"
+_STATS = "vllm.v1.spec_decode.metrics"
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        why="Here a step's output meets the stats that are sent to the front end.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "scheduler_output", "model_runner_output"),
+        replace=_update_from_output,
+    ),
+    Patch(
+        target=f"{_STATS}:SpecDecodingStats",
+        why="msgspec carries a step's stats from engine core to front end, and decodes only declared fields.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=_is_dataclass,
+        replace=_spec_decoding_stats,
+    ),
+    Patch(
+        target=f"{_STATS}:SpecDecodingProm.__init__",
+        why="One-pass drafting's counters belong under /metrics, beside vLLM's own for drafts.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion"),
+        replace=_init_prom,
+    ),
+    Patch(
+        target=f"{_STATS}:SpecDecodingProm.observe",
+        why="The same.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "spec_decoding_stats", "engine_idx"),
+        replace=_observe_prom,
+    ),
+    Patch(
+        target=f"{_STATS}:SpecDecodingLogging.observe",
+        why="vLLM's periodic log is where one looks for how drafting fares.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "spec_decoding_stats"),
+        replace=_observe_log,
+    ),
+    Patch(
+        target=f"{_STATS}:SpecDecodingLogging.log",
+        why="The same.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "log_fn"),
+        replace=_log,
+    ),
+]
+
+# Only workers load the model runner, so this one is applied there, once a drafter is made.
+WORKER_PATCHES = [
+    Patch(
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+        why="One-pass drafting counts on the device of the rank whose output goes to the scheduler.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "grammar_output"),
+        replace=_sample_tokens,
+    ),
+]
+
+
+def count_in_this_worker() -> None:
+    """A model runner that is not recognised drafts all the same, but nobody hears of its counts."""
+    for patch in apply_all(WORKER_PATCHES):
+        logger.warning("vllm-orthrus leaves %s as it is (%s): %s", patch.target, patch.problem, patch.why)

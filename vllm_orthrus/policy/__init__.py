@@ -1,0 +1,1 @@
+"""What drafting decides by: pure functions, without an engine."""
