@@ -87,10 +87,10 @@ class ForwardClosures(Closures):
 
     def __init__(self, engine: Engine, max_num_reqs: int, capture_sizes: tuple[int, ...]) -> None:
         self.runner = engine.runner
-        self.one = self.runner.speculator.one_pass
+        self.one = self.runner.speculator.drafting.one_pass
         super().__init__(max_num_reqs, self.one.shape.verified, capture_sizes)
         self.use_breakable_cg = False
-        self.hidden = torch.zeros(max(capture_sizes), self.one.hidden.shape[1])
+        self.hidden = torch.zeros(max(capture_sizes), self.one.buffers.hidden.shape[1])
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runner, state = self.runner, self.runner.model_state
@@ -112,7 +112,7 @@ class ForwardClosures(Closures):
                 slots = dict.fromkeys(self.metadata, self.slots[0, :tokens])
                 with set_forward_context(self.metadata, runner.vllm_config, tokens, slot_mapping=slots):
                     # Past `OnePass.forward`, of which a replay runs nothing.
-                    self.hidden[:tokens] = self.one._forward_with_rows(ids, positions, None, rows)
+                    self.hidden[:tokens] = self.one.forward_with_rows(ids, positions, None, rows)
 
             return replay
 

@@ -67,8 +67,8 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.fixture
 def twice(monkeypatch: pytest.MonkeyPatch) -> Twice:
-    twice = Twice(OnePass._forward_with_rows)
-    monkeypatch.setattr(OnePass, "_forward_with_rows", lambda *arguments: twice(*arguments))
+    twice = Twice(OnePass.forward_with_rows)
+    monkeypatch.setattr(OnePass, "forward_with_rows", lambda *arguments: twice(*arguments))
     return twice
 
 
@@ -126,7 +126,7 @@ def test_the_comparison_notices(fault: str, engine: Engine, twice: Twice, monkey
 
 def test_replayed_verifications(engine: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three requests in a graph of four: what their rows see is where it was captured, and the fourth does no harm."""
-    given, attention = prompts(3, shortest=20), engine.runner.speculator.one_pass.attention
+    given, attention = prompts(3, shortest=20), engine.runner.speculator.drafting.one_pass.attention
     expected = plain.run(given, 12).tokens
     forwards = ForwardClosures(engine, 8, (24,))
     forwards.install(monkeypatch)
@@ -186,7 +186,7 @@ def test_as_exact_as_the_backend(
 ) -> None:
     """Interpreted, our kernel keeps softmax weights in float32, which on a GPU are rounded to the values' type."""
     engine = start(fused(tiny, orthrus_hypotheses=1), dtype=dtype, max_num_seqs=2)
-    layers = engine.runner.speculator.one_pass.attention.blocks.layers
+    layers = engine.runner.speculator.drafting.one_pass.attention.blocks.layers
     errors = Errors(layers, kernel_attention.dual_view_attention)
     monkeypatch.setattr(kernel_attention, "dual_view_attention", errors)
     engine.run(prompts(2, shortest=120), 16)
@@ -197,8 +197,9 @@ def test_as_exact_as_the_backend(
 
 def test_attention_that_is_more_than_a_softmax_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     speculator = engine.runner.speculator
-    layers, config = speculator.one_pass.attention.blocks.layers, speculator.vllm_config
-    speculator._bind_one_pass(speculator.one_pass, layers)
+    attention, config = speculator.draft_pass.attention, speculator.vllm_config
+    layers = attention.layers
+    speculator.drafting.bind(attention, layers, speculator.block_tables)
     attn = layers[1].attn
     cases: list[tuple[Any, str, Any, str]] = [
         (attn, "sliding_window", 64, "sliding window"),
@@ -215,5 +216,5 @@ def test_attention_that_is_more_than_a_softmax_is_refused(engine: Engine, monkey
     for owner, name, value, message in cases:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message) as refusal:
             patch.setattr(owner, name, value)
-            speculator._bind_one_pass(speculator.one_pass, layers)
+            speculator.drafting.bind(attention, layers, speculator.block_tables)
         assert "Set orthrus_verification to 'backend'" in str(refusal.value)

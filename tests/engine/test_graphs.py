@@ -31,7 +31,7 @@ def test_replayed_passes_draft_as_eager_ones(start: StartEngine, oracle_config: 
     engine = start(oracle_config | {"draft_sample_method": "probabilistic"}, max_num_seqs=8)
     speculator = engine.runner.speculator
     eager = engine.run(prompts(11), 24, temperature=0.9, seed=2)
-    graphs = speculator.graphs = DraftClosures(8, speculator.block)
+    graphs = speculator.graphs = DraftClosures(8, speculator.shape.block)
     speculator.capture()
     replayed = engine.run(prompts(11), 24, temperature=0.9, seed=2)
     assert 0 < replayed.counts.drafted == replayed.counts.accepted
@@ -45,9 +45,9 @@ def test_large_batches_draft_in_turns(start: StartEngine, oracle_config: dict[st
         pytest.skip("the CPU backend plans its work on the host for each batch, so its metadata cannot be replayed")
     engine = start(oracle_config, max_num_seqs=8)
     speculator = engine.runner.speculator
-    assert speculator.at_once == 8
-    speculator.at_once = 3
-    graphs = speculator.graphs = DraftClosures(3, speculator.block)
+    assert speculator.draft_pass.at_once == 8
+    speculator.draft_pass.at_once = 3
+    graphs = speculator.graphs = DraftClosures(3, speculator.shape.block)
     speculator.capture()
     run = engine.run(prompts(8), 24)
     assert 0 < run.counts.drafted == run.counts.accepted
@@ -61,7 +61,7 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     settings = {"num_speculative_tokens": 3, "orthrus_hypotheses": 2, "orthrus_rows": 80, "orthrus_attention": "kernel"}
     engine = start(one_pass(tiny.block_head, **settings), max_num_batched_tokens=512)
     speculator = engine.runner.speculator
-    state, given = speculator.one_pass.state, prompts(3, shortest=12)
+    state, given = speculator.drafting.memory, prompts(3, shortest=12)
     drafted: list[tuple[int, ...]] = []
     choose = state.choose
 
@@ -86,7 +86,7 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     forwards = ForwardClosures(engine, 8, sizes)
     forwards.install(monkeypatch)
     outcomes = speculator.outcome_graphs = OutcomeClosures(engine, 8, (*sizes, 32))
-    speculator.graphs = DraftClosures(8, speculator.block)
+    speculator.graphs = DraftClosures(8, speculator.shape.block)
     speculator.capture()
     assert sorted(graph.num_reqs for graph in outcomes.graphs) == [1, 2, 4], "8 requests have room for no hypothesis"
     assert run() == eager
@@ -94,7 +94,8 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     assert outcomes.replayed == forwards.replayed
 
     # A planted fault: rows that are prepared elsewhere than where they were captured.
-    monkeypatch.setattr(speculator.one_pass, "input_ids", speculator.one_pass.input_ids.clone())
+    buffers = speculator.drafting.buffers
+    monkeypatch.setattr(buffers, "input_ids", buffers.input_ids.clone())
     astray = run()
     assert astray[0] == eager[0], "drafts never change the text"
     assert astray[1] != eager[1]
@@ -142,12 +143,12 @@ def test_writing_through_has_graphs_as_far_as_its_backend_plans_them(
     """FlashAttention reserves room for split prefixes up to the size of the target's largest graph, and not beyond."""
     engine = start(one_pass(tiny.block_head, orthrus_attention="write_through", orthrus_passes="two"))
     speculator = engine.runner.speculator
-    monkeypatch.setattr(speculator.attention, "supports_graphs", True)
+    monkeypatch.setattr(speculator.draft_pass.attention, "supports_graphs", True)
     for largest, captured in ((24, [1, 2, 3]), (64, [1, 2, 4, 8]), (4, [])):
         speculator.vllm_config.compilation_config.cudagraph_capture_sizes = [largest]
         speculator.vllm_config.compilation_config.max_cudagraph_capture_size = largest
         assert drafts_with_graphs(speculator, CUDAGraphMode.FULL_AND_PIECEWISE) == captured
-        assert 8 * speculator.at_once <= largest or not captured
+        assert 8 * speculator.draft_pass.at_once <= largest or not captured
 
 
 def test_replays_that_run_no_python_carry_no_hypotheses(
@@ -162,15 +163,15 @@ def test_replays_that_run_no_python_carry_no_hypotheses(
 
         def run_pw_graph(self, model: Any, inputs: dict[str, Any]) -> Any:
             self.replayed.append(len(inputs["input_ids"]))
-            return speculator.one_pass.plain_forward(inputs["input_ids"], inputs["positions"])
+            return speculator.drafting.one_pass.plain_forward(inputs["input_ids"], inputs["positions"])
 
     pieces = Breakable(2, 6)
     monkeypatch.setattr(engine.runner, "cudagraph_manager", pieces)
     run = engine.run(given, 8)
     assert run.tokens == plain.run(given, 8).tokens
     assert 12 in pieces.replayed, "no batch had the shape of one that could carry hypotheses"
-    assert int(speculator.one_pass.state.counters[0]) == 0
-    assert speculator.draft_passes >= run.counts.steps
+    assert int(speculator.drafting.memory.counters[0]) == 0
+    assert speculator.drafting.draft_passes >= run.counts.steps
 
 
 def test_graphs_of_single_pieces_carry_no_hypotheses(
@@ -185,8 +186,8 @@ def test_graphs_of_single_pieces_carry_no_hypotheses(
         run = engine.run(given, 20)
         assert run.tokens == plain.run(given, 20).tokens
         assert pieces.replayed
-        assert int(speculator.one_pass.state.counters[0]) == 0
-        assert speculator.draft_passes >= run.counts.steps
+        assert int(speculator.drafting.memory.counters[0]) == 0
+        assert speculator.drafting.draft_passes >= run.counts.steps
 
     dispatch, steps = engine.runner.cudagraph_manager.dispatch, [0]
 
@@ -197,4 +198,4 @@ def test_graphs_of_single_pieces_carry_no_hypotheses(
     monkeypatch.setattr(engine.runner.cudagraph_manager, "dispatch", in_turns)
     monkeypatch.setattr(engine.runner.cudagraph_manager, "run_pw_graph", pieces.run_pw_graph)
     assert engine.run(given, 20).tokens == run.tokens
-    assert int(speculator.one_pass.state.counters[0]) > 0
+    assert int(speculator.drafting.memory.counters[0]) > 0

@@ -23,7 +23,7 @@ def test_kernel_and_write_through_agree(start: StartEngine, tiny: Checkpoints) -
     engine = start(
         checked(tiny), enable_prefix_caching=True, num_gpu_blocks_override=12, max_num_batched_tokens=64, max_num_seqs=4
     )
-    attention = engine.runner.speculator.attention
+    attention = engine.runner.speculator.draft_pass.attention
     assert isinstance(attention, CheckedAttention)
     shared, preemptions, cached = [(5 * j) % 250 for j in range(70)], 0, 0
     while attention.drafts < DRAFTS:
@@ -39,7 +39,7 @@ def test_kernel_and_write_through_agree(start: StartEngine, tiny: Checkpoints) -
 
 def test_the_comparison_notices(start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(checked(tiny), max_num_seqs=2)
-    attention = engine.runner.speculator.attention
+    attention = engine.runner.speculator.draft_pass.attention
     begin = type(attention.path).begin
 
     def one_too_short(self: Any, blocks: Any, capturing: bool = False) -> Any:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import prompts
+from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
 
 # A cache of this size holds fewer positions than the model has, so that `auto` finds a lower limit.
 SMALL: dict[str, Any] = {"max_model_len": -1, "kv_cache_memory_bytes": 340 << 10, "max_num_batched_tokens": 1024}
@@ -21,10 +22,10 @@ def test_limit_that_vllm_finds_itself(
     limit = engine.llm.llm_engine.vllm_config.model_config.max_model_len
     assert 64 <= limit < 1024
     speculator = engine.runner.speculator
-    if speculator.one_pass is not None:
+    if isinstance(speculator.drafting, OnePassDrafting):
         assert _furthest_of_hypotheses(engine, limit) < limit
         with monkeypatch.context() as patch:  # a planted fault: the limit as it was when the drafter was made
-            patch.setattr(speculator.one_pass, "model_config", SimpleNamespace(max_model_len=1024))
+            patch.setattr(speculator.drafting.buffers, "model_config", SimpleNamespace(max_model_len=1024))
             assert _furthest_of_hypotheses(engine, limit) >= limit
     given = [[(5 * j) % 250 for j in range(limit - 12)]]
     plain = start(None, **SMALL, max_num_seqs=2)
@@ -34,19 +35,19 @@ def test_limit_that_vllm_finds_itself(
 
 def _furthest_of_hypotheses(engine: Any, limit: int) -> int:
     """The furthest position that the rows of hypotheses had while a request ran into the limit."""
-    one, furthest = engine.runner.speculator.one_pass, 0
-    forward = one._forward_with_rows
+    one, furthest = engine.runner.speculator.drafting.one_pass, 0
+    forward = one.forward_with_rows
 
     def watched(ids: Any, positions: Any, embedded: Any, rows: Any) -> Any:
         nonlocal furthest
         furthest = max(furthest, int(rows.positions.max()))
         return forward(ids, positions, embedded, rows)
 
-    one._forward_with_rows = watched
+    one.forward_with_rows = watched
     try:
         engine.run([[(3 * j) % 250 for j in range(limit - 12)]], 12)
     finally:
-        del one._forward_with_rows
+        del one.forward_with_rows
     assert furthest, "no hypotheses were carried"
     return furthest
 

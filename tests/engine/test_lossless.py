@@ -11,6 +11,7 @@ from tests.engine import checkpoints
 from tests.engine.checkpoints import VOCAB
 from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, prompts
+from vllm_orthrus.engine.draft_pass import DraftPass
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
 
 
@@ -156,12 +157,12 @@ def test_requests_reading_their_prompt_draft_nothing(
 ) -> None:
     engine = start({"method": "orthrus", "model": str(tiny.block_head)}, max_num_batched_tokens=16)
     passes: list[int] = []
-    draft = OrthrusSpeculator._draft
+    draft = DraftPass.compute
 
-    def counting(self: OrthrusSpeculator, num_reqs: int, *rest: Any) -> None:
+    def counting(self: DraftPass, num_reqs: int, *rest: Any) -> None:
         passes.append(num_reqs)
         draft(self, num_reqs, *rest)
 
-    monkeypatch.setattr(OrthrusSpeculator, "_draft", counting)
+    monkeypatch.setattr(DraftPass, "compute", counting)
     engine.run([list(range(100))], 1)
     assert len(passes) <= 1, "seven chunks of prompt and one token need at most one draft pass"

@@ -22,9 +22,9 @@ def drafting(start: StartEngine, tiny: Checkpoints) -> Engine:
 def counted(engine: Engine) -> dict[str, int]:
     """What the device and the host say themselves."""
     speculator = engine.runner.speculator
-    state = speculator.one_pass.state
+    state = speculator.drafting.memory
     counts = dict(zip(state.COUNTERS, state.counters.tolist(), strict=True))
-    return counts | {"draft_passes": speculator.draft_passes}
+    return counts | {"draft_passes": speculator.drafting.draft_passes}
 
 
 def exposed(engine: Engine) -> dict[str, int]:
@@ -56,7 +56,7 @@ def test_they_agree_with_each_other_and_with_vllm(drafting: Engine) -> None:
     assert new["verifications"] == run.counts.steps
     assert new["tokens"] == run.counts.steps + run.counts.accepted
     speculator = drafting.runner.speculator
-    verified, carried = speculator.shape.verified, speculator.shape.num_hypotheses(1) * speculator.block
+    verified, carried = speculator.shape.verified, speculator.shape.num_hypotheses(1) * speculator.shape.block
     assert new["rows"] == run.counts.steps * (verified + carried)
 
 
@@ -101,7 +101,7 @@ class Arrival:
 
 def test_nobody_waits_for_the_device(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     speculator, arrival, read = drafting.runner.speculator, Arrival(), LateCounts.read
-    state = speculator.one_pass.state
+    state = speculator.drafting.memory
 
     def watched(self: LateCounts) -> Any:
         address = self.copy.data_ptr()

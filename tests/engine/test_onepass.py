@@ -26,17 +26,17 @@ class Comparer:
 
     def compare(self, speculator: OrthrusSpeculator, rows: HypothesisRows, longest: int) -> None:
         size = speculator.block_tables.block_sizes[0]
-        attention = GatherAttention([CachedLayer(attn, 0, size) for attn in speculator._target_attention()])
+        attention = GatherAttention([CachedLayer(attn, 0, size) for attn in speculator.model.target_attention()])
         prefixes = rows.blocks.prefix_lengths  # [n, H]
         n, count = prefixes.shape
         positions = rows.positions.view(n, count, -1)
-        carried = rows.hidden.view(n, count, speculator.block, -1)
+        carried = rows.hidden.view(n, count, speculator.shape.block, -1)
         for which in range(count):
             attention.begin(
                 Blocks(positions[:, which], prefixes[:, which : which + 1], rows.blocks.block_tables, longest)
             )
             ids = rows.input_ids.view(n, count, -1)[:, which].flatten()
-            hidden = speculator.model(ids, positions[:, which].flatten(), attention).view(n, speculator.block, -1)
+            hidden = speculator.model(ids, positions[:, which].flatten(), attention).view(n, speculator.shape.block, -1)
             real = prefixes[:, which] >= 0
             if real.any():
                 self.worst = max(self.worst, float((hidden - carried[:, which])[real].abs().max()))
@@ -49,9 +49,9 @@ def comparer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparer]:
 
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, *rest: Any, **named: Any) -> Any:
-        if not named.get("dummy_run") and self.one_pass is not None and self.one_pass.carried:
+        if not named.get("dummy_run") and self.drafting.carried:
             batch = rest[0]
-            rows = self.one_pass.views(batch.num_reqs)
+            rows = self.drafting.buffers.rows_for(batch.num_reqs)
             comparer.compare(self, rows, int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].max()))
         return propose(self, *rest, **named)
 
@@ -72,7 +72,7 @@ def drafting(start: StartEngine, tiny: Checkpoints, request: pytest.FixtureReque
 
 
 def test_blocks_are_those_of_a_separate_pass(drafting: Engine, plain: Engine, comparer: Comparer) -> None:
-    attention = drafting.runner.speculator.one_pass.attention.blocks
+    attention = drafting.runner.speculator.drafting.one_pass.attention.blocks
     count = 8 if isinstance(attention, GatherAttention) else 2  # interpreted kernels take their time
     assert carries_exact_blocks(drafting, comparer, count)
     given = prompts(count, shortest=20)
@@ -122,7 +122,7 @@ def test_more_requests_than_rows_allow(start: StartEngine, tiny: Checkpoints, pl
     # Different lengths, so that requests leave one by one and the batch passes through all of these.
     tokens = [engine.run(given[: count + 1], 8 + 6 * count).tokens for count in range(8)]
     assert tokens == [plain.run(given[: count + 1], 8 + 6 * count).tokens for count in range(8)]
-    carried = engine.runner.speculator.one_pass.state.counters[0]
+    carried = engine.runner.speculator.drafting.memory.counters[0]
     assert carried > 0
 
 
@@ -140,8 +140,8 @@ def says_what_the_target_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     @torch.inference_mode()
     def compare_and_propose(self: OrthrusSpeculator, batch: Any, *rest: Any, **named: Any) -> Any:
         hidden = rest[2]
-        if self.one_pass is not None and self.one_pass.carried:
-            rows = self.one_pass.views(batch.num_reqs)
+        if self.drafting.carried:
+            rows = self.drafting.buffers.rows_for(batch.num_reqs)
             prefixes = rows.blocks.prefix_lengths  # [n, K + 1]
             verified = batch.query_start_loc[: batch.num_reqs, None].long() + torch.arange(prefixes.shape[1])
             difference = (rows.hidden.view(*prefixes.shape, -1) - hidden[verified]).abs().amax(-1)
@@ -183,7 +183,7 @@ def _prefix(by: int) -> Plant:
 
 
 def _hypotheses_permuted(patch: pytest.MonkeyPatch) -> None:
-    forward = OnePass._forward_with_rows
+    forward = OnePass.forward_with_rows
 
     def faulty(self: OnePass, ids: Any, positions: Any, embedded: Any, rows: HypothesisRows) -> torch.Tensor:
         verified = forward(self, ids, positions, embedded, rows)
@@ -191,7 +191,7 @@ def _hypotheses_permuted(patch: pytest.MonkeyPatch) -> None:
         rows.hidden.copy_(rows.hidden.view(n, count, -1).roll(1, dims=1).reshape(rows.hidden.shape))
         return verified
 
-    patch.setattr(OnePass, "_forward_with_rows", faulty)
+    patch.setattr(OnePass, "forward_with_rows", faulty)
 
 
 FAULTS = {"prefix too long": _prefix(+1), "prefix too short": _prefix(-1), "permuted": _hypotheses_permuted}
@@ -207,13 +207,13 @@ def test_the_copied_head_notices(fault: str, copying: Engine, monkeypatch: pytes
 
 def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> None:
     """A captured forward reads fixed addresses: those of the rows that later batches prepare."""
-    one = drafting.runner.speculator.one_pass
+    one = drafting.runner.speculator.drafting.one_pass
     if isinstance(one.attention.blocks, GatherAttention):
         assert one.dummy(2, 2 * one.shape.verified) is None, "it takes sizes from the host, which no graph can"
         return
     for num_reqs in (1, 2, 5, 8):
         captured = one.dummy(num_reqs, num_reqs * one.shape.verified)
-        prepared = one.views(num_reqs, 17)
+        prepared = one.buffers.rows_for(num_reqs, 17)
         assert captured is not None
         for mine, theirs in (
             (captured.input_ids, prepared.input_ids),

@@ -35,7 +35,7 @@ class Recorder:
     def _record(self, view: Any, inputs: Any, hidden: torch.Tensor) -> None:
         by_slot = {slot: request for request, slot in self.runner.req_states.req_id_to_index.items()}
         speculator = self.speculator
-        rows = hidden.view(-1, speculator.block, hidden.shape[-1])
+        rows = hidden.view(-1, speculator.shape.block, hidden.shape[-1])
         for row, states in enumerate(rows):
             request = by_slot.get(int(speculator.rows.slots[row, 0]))
             if request is not None:

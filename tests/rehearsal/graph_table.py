@@ -52,7 +52,7 @@ def ask_managers() -> Serving:
 
     loaded = load()
     scheduler, speculator = loaded.config.scheduler_config, loaded.speculator
-    shape, block = speculator.shape, speculator.block
+    shape, block = speculator.shape, speculator.shape.block
     verified = shape.verified
 
     def find(manager: Any, requests: int, tokens: int, each: int | None) -> Graph:
@@ -65,18 +65,19 @@ def ask_managers() -> Serving:
         # Graphs of single pieces have no place for hypotheses; no graph at all is as good as a full one.
         hypotheses = 0 if verification.mode == "PIECEWISE" else shape.num_hypotheses(padded)
         outcome = speculator.outcome_graphs.find(padded)
+        drafting = min(n, speculator.draft_pass.at_once)
         return Batch(
             n,
             verification,
             hypotheses,
             None if outcome is None else Graph(outcome.cg_mode.name, outcome.num_reqs, outcome.num_tokens),
-            find(speculator.graphs, min(n, speculator.at_once), min(n, speculator.at_once) * block, block),
+            find(speculator.graphs, drafting, drafting * block, block),
             find(loaded.target_graphs, n, (n - 1) * verified + PROMPT, None),
         )
 
     return Serving(
         scheduler.max_num_seqs,
-        speculator.at_once,
+        speculator.draft_pass.at_once,
         scheduler.max_num_batched_tokens,
         loaded.attention[0].attn_backend.get_name(),
         loaded.mode.name,

@@ -25,6 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from vllm_orthrus.engine import speculator
+from vllm_orthrus.engine.onepass import drafting
 
 BY_HAND = (RMSNorm, SiluAndMul, RotaryEmbedding)
 RESERVES = {
@@ -122,7 +123,8 @@ class LaunchCount(TorchDispatchMode):
         try:
             with patch.context() as inner, self:
                 inner.setattr(InterpretedFunction, "run", counted)
-                inner.setattr(speculator, "async_tensor_h2d", handed_over)
+                for caller in (speculator, drafting):
+                    inner.setattr(caller, "async_tensor_h2d", handed_over)
                 yield
         finally:
             for hook in hooks:

@@ -62,8 +62,8 @@ def chosen() -> dict[str, Any]:
         "target": {layer.attn_backend.get_name() for layer in loaded.attention},
         "support": loaded.support.min_cg_support.name,
         "mode": loaded.mode.name,
-        "draft passes": type(speculator.attention).__name__,
-        "hypotheses": type(speculator.one_pass.attention.blocks).__name__,
+        "draft passes": type(speculator.draft_pass.attention).__name__,
+        "hypotheses": type(speculator.drafting.one_pass.attention.blocks).__name__,
         "graphs": (bool(speculator.graphs.graphs), bool(speculator.outcome_graphs.graphs)),
     }
 

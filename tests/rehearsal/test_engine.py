@@ -56,7 +56,7 @@ def start_form(form: None, start: StartEngine, tiny: Checkpoints) -> StartForm:
     def start_it(form: str, passes: str) -> Engine:
         os.environ[SETTING] = form
         engine = start(one_pass(tiny.block_head, orthrus_passes=passes, **ROWS), max_num_seqs=5)
-        attention = type(engine.runner.speculator.attention).__name__
+        attention = type(engine.runner.speculator.draft_pass.attention).__name__
         assert attention == {"torch": "GatherAttention", "triton": "KernelAttention"}[form]
         return engine
 

@@ -62,15 +62,15 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
 
             runner.initialize_kv_cache(cache_of(runner, blocks=1000))
             stage("cache")
-            assert speculator.attention is not None
-            speculator._draft(4, speculator.attention, speculator.attention.begin(speculator.rows.blocks(4, 4096)))
+            draft_pass = speculator.draft_pass
+            draft_pass.compute(4, draft_pass.attention.begin(speculator.rows.blocks(4, 4096)))
             stage("draft")
-            speculator._take_up(4)
+            speculator.drafting.match_and_draft(4)
             stage("outcome")
 
             tokens = 4 * speculator.shape.verified
-            rows = speculator.one_pass.dummy(4, tokens)
-            speculator.one_pass.announce(CUDAGraphMode.NONE, capturing=True)
+            rows = speculator.drafting.one_pass.dummy(4, tokens)
+            speculator.drafting.one_pass.announce(CUDAGraphMode.NONE, capturing=True)
             slots = dict.fromkeys(config.compilation_config.static_forward_context, torch.zeros(tokens, device=device))
             with set_forward_context({}, config, tokens, slot_mapping=slots):
                 ids, positions = runner.input_buffers.input_ids[:tokens], runner.input_buffers.positions[:tokens]

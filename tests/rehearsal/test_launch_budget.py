@@ -10,6 +10,7 @@ import torch
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from tests.rehearsal.launch_count import LaunchCount, Part
+from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
 from vllm_orthrus.engine.view import DiffusionAttention
 from vllm_orthrus.kernels import dual_view_plan
 from vllm_orthrus.kernels.dual_view_plan import Target
@@ -53,22 +54,23 @@ def count(engine: Engine, patch: pytest.MonkeyPatch) -> dict[str, int]:
     speculator = engine.runner.speculator
     counted = LaunchCount(speculator.model.target)
     with patch.context() as noting:
-        for name in ("propose", "_draft", "_take_up"):
-            counted.note(noting, speculator, name)
-        if speculator.one_pass is not None:
-            for name in ("prepare", "_forward_with_rows"):
-                counted.note(noting, speculator.one_pass, name)
+        counted.note(noting, speculator, "propose")
+        counted.note(noting, speculator.draft_pass, "compute")
+        if isinstance(speculator.drafting, OnePassDrafting):
+            counted.note(noting, speculator.drafting, "match_and_draft")
+            for name in ("prepare", "forward_with_rows"):
+                counted.note(noting, speculator.drafting.one_pass, name)
         with counted.counting(noting):
             engine.run(prompts(2, shortest=7), 4)
     return dict(summed_up(counted.parts))
 
 
 def summed_up(parts: dict[str, list[Part]]) -> Iterator[tuple[str, int]]:
-    forwards, drafts = parts.get("_forward_with_rows"), parts["_draft"]
+    forwards, drafts = parts.get("forward_with_rows"), parts["compute"]
     # A newer vLLM asks for no drafts in a step that it knows to be the last.
     proposals = [len(part.launches) for part in parts["propose"] if part.launches]
     if forwards:
-        outcome = same(len(part.launches) for part in parts["_take_up"])
+        outcome = same(len(part.launches) for part in parts["match_and_draft"])
         yield "a layer of a verification with hypotheses", same(n for part in forwards for n in part.layers)
         yield "that forward, besides its layers", same(len(part.launches) - sum(part.layers) for part in forwards)
         yield "before a verification: the hypotheses' rows", max(len(part.launches) for part in parts["prepare"])

@@ -26,6 +26,8 @@ class Kept(NamedTuple):
 def keep(*settings: tuple[str, Any]) -> Kept:
     import torch
 
+    from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
+
     speculator = load(*settings).speculator
     found: dict[int, int] = {}
 
@@ -44,8 +46,9 @@ def keep(*settings: tuple[str, Any]) -> Kept:
         ours = type(value).__module__.startswith("vllm_orthrus")
         return size({n: part for n, part in vars(value).items() if n != "sources"}) if ours and vars(value) else 0
 
-    one_pass = speculator.one_pass
-    kept = [] if one_pass is None else [speculator.drafted, one_pass.hidden, one_pass.state.block_hidden]
+    drafting = speculator.drafting
+    one_pass = isinstance(drafting, OnePassDrafting)
+    kept = [drafting.drafted, drafting.buffers.hidden, drafting.memory.block_hidden] if one_pass else []
     parts = size(kept), size(speculator.workspace), size(speculator.draft_logits)
     shape = speculator.shape
     rest = size([part for name, part in vars(speculator).items() if name != "block_tables"])

@@ -3,6 +3,7 @@
 import torch
 
 from vllm_orthrus.engine.attention.blocks import Blocks
+from vllm_orthrus.engine.drafting import Sampled
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.vllm import BlockTables, InputBatch, ModelConfig
 from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, prepare_blocks
@@ -42,14 +43,10 @@ class DraftRows:
         self,
         rows: torch.Tensor,  # [n], drafting rows of the batch
         batch: InputBatch,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,
-        next_prefill_tokens: torch.Tensor,
+        sampled: Sampled,
     ) -> None:
         """Write each request's block at `p, p+1, ...`, behind the last token that verification kept."""
         if self.for_kernel is not None:
-            sampled = (num_sampled, num_rejected, last_sampled, next_prefill_tokens)
             state = BatchState(batch.idx_mapping, batch.query_start_loc, batch.positions, *sampled)
             # A prefix of -1 tells the kernel that there is no such request.
             mask, limit = self.shape.mask_token_id, self.max_model_len
@@ -57,9 +54,10 @@ class DraftRows:
             return
         n = len(rows)
         slot = batch.idx_mapping[rows]  # [n]
-        last_kept = batch.query_start_loc[rows + 1] - num_rejected[rows] - 1
+        last_kept = batch.query_start_loc[rows + 1] - sampled.num_rejected[rows] - 1
         anchor_position = batch.positions[last_kept] + 1  # p, [n]
-        anchor = torch.where(num_sampled[rows] > 0, last_sampled[slot, 0], next_prefill_tokens[0, slot])
+        bonus, prompted = sampled.last_sampled[slot, 0], sampled.next_prefill_tokens[0, slot]
+        anchor = torch.where(sampled.num_sampled[rows] > 0, bonus, prompted)
 
         self.input_ids[:n] = self.shape.mask_token_id
         self.input_ids[:n, 0] = anchor

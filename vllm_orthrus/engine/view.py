@@ -78,6 +78,10 @@ class DiffusionView(nn.Module):
     def target(self) -> Any:
         return self._target[0]
 
+    def target_attention(self) -> list[Any]:
+        """Each layer's, as vLLM knows it: the place where its cache hangs."""
+        return [layer.self_attn.attn for layer in self.target.model.layers]
+
     def fused(self) -> AbstractContextManager[None]:
         """What runs inside uses vLLM's own kernels wherever it has them."""
         return fused(self._unfused)

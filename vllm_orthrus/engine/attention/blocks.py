@@ -6,6 +6,7 @@ may write to positions the target will read before it overwrites them.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class BlockAttention(ABC):
     """One attention call per layer of one draft pass."""
 
     supports_graphs: bool
+    groups: Sequence[Any] = ()  # vLLM's attention groups, where it attends through vLLM's own layers
 
     @property
     def most_graph_rows(self) -> int | None:

@@ -112,6 +112,7 @@ class CheckedAttention(BlockAttention):
 
     def __init__(self, path: BlockAttention, reference: WriteThroughAttention) -> None:
         self.path, self.reference = path, reference
+        self.groups = reference.groups
         self.worst = torch.zeros((), device=reference.lengths.device)
         self.drafts = 0
 

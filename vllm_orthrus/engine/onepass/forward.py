@@ -12,48 +12,30 @@ the block a separate draft pass would have computed, and there is one full-depth
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from vllm_orthrus.engine.attention.blocks import BlockAttention, Blocks
+from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.attention.kernel import KernelAttention
-from vllm_orthrus.engine.onepass.memory import HypothesisState
+from vllm_orthrus.engine.onepass.memory import Memory
+from vllm_orthrus.engine.onepass.rows import HypothesisBuffers, HypothesisRows
 from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification, OnePassAttention
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.view import DiffusionView
-from vllm_orthrus.engine.vllm import CUDAGraphMode, DefaultModelState, InputBatch, ModelConfig
+from vllm_orthrus.engine.vllm import CUDAGraphMode, DefaultModelState, InputBatch
 from vllm_orthrus.engine.warmup import attend_to_nothing
-from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
-
-
-class HypothesisRows(NamedTuple):
-    """Rows that ride along with a verification. Views of buffers that stay where they are."""
-
-    input_ids: torch.Tensor  # [num_reqs * H * block]
-    positions: torch.Tensor  # [num_reqs * H * block]
-    blocks: Blocks
-    hidden: torch.Tensor  # [num_reqs * H * block, hidden], filled by the forward
-    captured_for: tuple[int, int] | None = None  # requests and tokens of the graph that is to hold these rows
 
 
 class OnePass:
-    """The target's forward with hypothesis rows, and the buffers that those rows live in."""
+    """The target's forward with hypothesis rows, and the decision which forwards have them."""
 
     def __init__(
-        self, view: DiffusionView, shape: DraftShape, model: ModelConfig, fused: bool, device: torch.device
+        self, view: DiffusionView, shape: DraftShape, memory: Memory, buffers: HypothesisBuffers, fused: bool
     ) -> None:
-        self.view, self.shape, self.model_config, self.fused = view, shape, model, fused
-        self.state = HypothesisState(shape, model, device)
+        self.view, self.shape, self.memory, self.buffers, self.fused = view, shape, memory, buffers, fused
         self.plain_forward = view.target.forward
         self.attention: OnePassAttention | None = None  # known once there is a cache
-        self.tables: list[torch.Tensor] = []
-
-        most = shape.block * shape.most_blocks
-        self.input_ids = torch.zeros(most, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(most, dtype=torch.int64, device=device)
-        self.prefix_lengths = torch.full((shape.most_blocks,), -1, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(most, model.get_hidden_size(), dtype=model.dtype, device=device)
         # Decided before each forward, from how vLLM says it will run: a replayed graph runs no Python that could tell.
         self.mode: CUDAGraphMode | None = None
         self.capturing = False  # a graph of the whole forward
@@ -70,13 +52,15 @@ class OnePass:
 
     def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
         """There is a cache now; until then, and without this call, the target's forward is as it was."""
-        self.tables = tables
+        self.buffers.tables = tables
         self.captured.clear()
         if self.fused:
             assert isinstance(attention, KernelAttention)
             self.attention = FusedVerification(attention, self.shape.most_carried)
         else:
             self.attention = BackendVerification(attention)
+
+    # Before the forward
 
     def announce(self, mode: CUDAGraphMode, capturing: bool) -> None:
         """How the coming forward will run, or that a graph is about to be captured from it."""
@@ -86,49 +70,19 @@ class OnePass:
         """The rows for this batch, if it only decodes and its forward has room for them."""
         mode, self.mode, self.carried = self.mode, None, False
         num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
-        count = self.shape.num_hypotheses(padded)
         replayed = mode == CUDAGraphMode.FULL and (padded, batch.num_tokens_after_padding) in self.captured
         # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no room for rows.
-        if self.attention is None or count == 0 or not (replayed or mode == CUDAGraphMode.NONE):
+        has_room = self.shape.num_hypotheses(padded) > 0 and (replayed or mode == CUDAGraphMode.NONE)
+        if self.attention is None or not has_room:
             return None
         self.attention.prepare(batch)
-        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
-        views = self.views(padded, longest)
-        computed, prompt = batch.num_computed_tokens_np[:num_reqs], batch.prefill_len_np[:num_reqs]
-        if not (computed >= prompt).all():
-            views.blocks.prefix_lengths.fill_(-1)  # for a graph that holds places for rows all the same
+        if _reads_prompts(batch):
+            self.buffers.empty_rows_for(padded)  # for a graph that holds places for rows all the same
             return None
-        self._fill(views, batch, num_reqs)
+        longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
+        rows = self.buffers.rows_for(padded, longest)
+        self.buffers.fill(rows, self.memory.remembered(), batch, num_reqs)
         self.carried = True
-        return views
-
-    def _fill(self, views: HypothesisRows, batch: InputBatch, num_reqs: int) -> None:
-        by_block = (*views.blocks.prefix_lengths.shape, self.shape.block)
-        prepare_hypotheses(
-            num_reqs,
-            self.state.remembered(),
-            Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
-            HypothesisBlocks(
-                views.input_ids.view(by_block), views.positions.view(by_block), views.blocks.prefix_lengths
-            ),
-            self.shape.mask_token_id,
-            self.model_config.max_model_len,  # which `--max-model-len auto` lowers once the cache is known
-        )
-
-    def warm_up(self, batch: InputBatch) -> Iterator[int]:
-        """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
-        for num_reqs in range(1, self.shape.most_carried + 1):
-            assert self.attention is not None
-            rows = self._nobodys(self.attention, num_reqs)
-            attend_to_nothing(self.attention.blocks, rows.blocks, self.attention.nothing(num_reqs))
-            self._fill(rows, batch, 0)
-            yield num_reqs
-
-    def _nobodys(self, attention: OnePassAttention, num_reqs: int) -> HypothesisRows:
-        """Rows without a hypothesis, beside a verification without rows."""
-        attention.clear()
-        rows = self.views(num_reqs)
-        rows.blocks.prefix_lengths.fill_(-1)
         return rows
 
     def dummy(self, num_reqs: int, num_tokens: int) -> HypothesisRows | None:
@@ -137,24 +91,20 @@ class OnePass:
             return None
         if num_tokens != num_reqs * self.shape.verified or self.shape.num_hypotheses(num_reqs) == 0:
             return None
-        return self._nobodys(self.attention, num_reqs)._replace(captured_for=(num_reqs, num_tokens))
+        self.attention.clear()
+        return self.buffers.empty_rows_for(num_reqs)._replace(captured_for=(num_reqs, num_tokens))
 
-    def views(self, num_reqs: int, longest: int = 0) -> HypothesisRows:
-        """The rows of this many requests, whatever stands in them."""
-        count = self.shape.num_hypotheses(num_reqs)
-        blocks = num_reqs * count
-        rows = blocks * self.shape.block
-        return HypothesisRows(
-            self.input_ids[:rows],
-            self.positions[:rows],
-            Blocks(
-                self.positions[:rows].view(num_reqs, -1),
-                self.prefix_lengths[:blocks].view(num_reqs, count),
-                [table[:num_reqs] for table in self.tables],
-                longest,
-            ),
-            self.hidden[:rows],
-        )
+    def warm_up(self, batch: InputBatch) -> Iterator[int]:
+        """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
+        assert self.attention is not None
+        for num_reqs in range(1, self.shape.most_carried + 1):
+            self.attention.clear()
+            rows = self.buffers.empty_rows_for(num_reqs)
+            attend_to_nothing(self.attention.blocks, rows.blocks, self.attention.nothing(num_reqs))
+            self.buffers.fill(rows, self.memory.remembered(), batch, 0)
+            yield num_reqs
+
+    # The forward
 
     def forward(
         self,
@@ -171,9 +121,9 @@ class OnePass:
         if hypotheses.captured_for is not None:
             self.captured.add(hypotheses.captured_for)
         with self.view.fused():
-            return self._forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
+            return self.forward_with_rows(input_ids, positions, inputs_embeds, hypotheses)
 
-    def _forward_with_rows(
+    def forward_with_rows(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
@@ -198,6 +148,11 @@ class OnePass:
         hypotheses.hidden.copy_(hidden[split:])
         verification: torch.Tensor = hidden[:split]
         return verification
+
+
+def _reads_prompts(batch: InputBatch) -> bool:
+    computed, prompt = (part[: batch.num_reqs] for part in (batch.num_computed_tokens_np, batch.prefill_len_np))
+    return bool((computed < prompt).any())
 
 
 class OnePassModelState(DefaultModelState):  # type: ignore[misc]

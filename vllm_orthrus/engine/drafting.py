@@ -1,0 +1,65 @@
+"""What the loop asks of a way to draft. There are two: `twopass.py` and `onepass/drafting.py`.
+
+Both sample their drafts into the same buffer, from the rows of a block. They differ in where the block comes from:
+
+    two passes   verify -> draft pass over [bonus, MASK, ...] -> sample
+    one pass     verify, with the blocks of likely outcomes beside it -> match the outcome -> sample -> choose the next
+
+One pass, too, needs a draft pass where no verification has carried a block: behind prompts and in large batches.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vllm_orthrus.engine.graphs import OutcomeGraphs
+from vllm_orthrus.engine.vllm import InputBatch
+
+HostInts = np.ndarray[Any, Any]
+
+
+class Sampled(NamedTuple):
+    """The outcome of a verification, as vLLM hands it over."""
+
+    num_sampled: torch.Tensor  # [num_reqs], accepted drafts plus the bonus; 0 within a prompt
+    num_rejected: torch.Tensor  # [num_reqs]
+    last_sampled: torch.Tensor  # [max_num_reqs, 1], by slot
+    next_prefill_tokens: torch.Tensor  # [lookahead, max_num_reqs], by slot
+
+
+class Turn(NamedTuple):
+    """Requests that share a draft pass."""
+
+    slots: HostInts  # [n]; none in a dummy run
+    new: HostInts  # [n] bool, their prompt ends in this step
+    together: int  # requests that draft in this step, in this turn or another
+
+
+class Drafting(ABC):
+    carried = False  # the verification that ran last had blocks beside it
+
+    @abstractmethod
+    def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
+        """A draft pass has these hidden states [num_reqs, block, hidden]. Part of its graph."""
+
+    @abstractmethod
+    def finish(self, num_reqs: int, turn: Turn) -> None:
+        """Behind a draft pass, and not part of its graph. Then its drafts are sampled, if they were not already."""
+
+    @abstractmethod
+    def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
+        """Sample drafts for all of the batch from blocks that its verification carried. False if some have none."""
+
+    @abstractmethod
+    def forget(self, slots: HostInts) -> None:
+        """Their next verification was not drafted for here, so nothing that is remembered of them applies to it."""
+
+    @abstractmethod
+    def warm_up(self, batch: InputBatch) -> None:
+        """Launch every form of a kernel that this way to draft may launch."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, int] | None:
+        """What was counted since the start, without waiting for the device; None if there is nothing to count."""

@@ -1,0 +1,168 @@
+"""Drafting in one pass. A step chooses hypotheses, and the next verification carries their blocks:
+
+forward    OnePass.forward      the verification, with the rows of the hypotheses
+verify     vLLM
+match      Memory.match         the newest block that the outcome has made useful
+draft      OnePassDrafting.draft
+choose     Memory.choose        hypotheses about what becomes of these drafts
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_orthrus.engine.attention.blocks import BlockAttention, CachedLayer
+from vllm_orthrus.engine.attention.gather import GatherAttention
+from vllm_orthrus.engine.attention.kernel import KernelAttention
+from vllm_orthrus.engine.draft_rows import DraftRows
+from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
+from vllm_orthrus.engine.graphs import OutcomeGraphs
+from vllm_orthrus.engine.onepass.counters import LateCounts
+from vllm_orthrus.engine.onepass.forward import OnePass
+from vllm_orthrus.engine.onepass.memory import Memory, Outcome
+from vllm_orthrus.engine.onepass.rows import HypothesisBuffers
+from vllm_orthrus.engine.onepass.verification import refuse_unfusable
+from vllm_orthrus.engine.sampler import DraftSampler
+from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.view import DiffusionView
+from vllm_orthrus.engine.vllm import (
+    BatchExecutionDescriptor,
+    BlockTables,
+    CUDAGraphMode,
+    InputBatch,
+    VllmConfig,
+    async_tensor_h2d,
+)
+
+
+class OnePassDrafting(Drafting):
+    def __init__(
+        self,
+        view: DiffusionView,
+        shape: DraftShape,
+        rows: DraftRows,
+        sampler: DraftSampler,
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        self.view, self.shape, self.rows, self.sampler, self.vllm_config = view, shape, rows, sampler, vllm_config
+        model, room = vllm_config.model_config, rows.capacity
+        fused = vllm_config.speculative_config.orthrus_verification == "fused"
+        self.memory = Memory(shape, model, device)
+        self.buffers = HypothesisBuffers(shape, model, device)
+        self.one_pass = OnePass(view, shape, self.memory, self.buffers, fused)
+        # Hidden states of a draft pass [room, block, hidden].
+        self.drafted = torch.zeros(room, shape.block, model.get_hidden_size(), dtype=model.dtype, device=device)
+        # What a graph that takes up an outcome reads beside the rows. Nothing sampled: no request.
+        self.num_sampled = torch.zeros(room, dtype=torch.int64, device=device)
+        self.num_rejected = torch.zeros(room, dtype=torch.int64, device=device)
+        self.every_row = torch.arange(room, device=device)
+        self.counted = LateCounts(Memory.COUNTERS, self.memory.counters)
+        self.draft_passes = 0  # of requests; the host knows them exactly
+
+    def bind(self, attention: BlockAttention, layers: list[CachedLayer], block_tables: BlockTables) -> None:
+        """There is a cache now, which draft passes see by this attention."""
+        one_pass = self.one_pass
+        if one_pass.fused:
+            refuse_unfusable(self.vllm_config, layers)
+        beside: BlockAttention = GatherAttention(layers)
+        if isinstance(attention, KernelAttention):
+            beside = KernelAttention(layers, attention.workspace, self.shape.verified if one_pass.fused else 0)
+        one_pass.bind(beside, block_tables.input_block_tables)
+
+    @property
+    def carried(self) -> bool:  # type: ignore[override]
+        return self.one_pass.carried
+
+    # Where a verification has carried blocks
+
+    def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
+        num_reqs = batch.num_reqs
+        if not (self.carried and self.memory.ready(batch.idx_mapping_np[:num_reqs])):
+            return False
+        self.rows.prepare(self.every_row[:num_reqs], batch, sampled)
+        for buffer, values in ((self.num_sampled, sampled.num_sampled), (self.num_rejected, sampled.num_rejected)):
+            buffer[:num_reqs] = values[:num_reqs]
+            buffer[num_reqs:] = 0
+        padded = batch.num_reqs_after_padding
+        graph = None if graphs is None else graphs.find(padded)
+        if graphs is not None and graph is not None:
+            graphs.run_fullgraph(graph)
+        else:
+            self.match_and_draft(padded)
+        return True
+
+    def match_and_draft(self, num_reqs: int) -> None:
+        """Draft from a block that this verification carried, or from the one before it.
+
+        On buffers only: this, too, is what a CUDA graph captures.
+        """
+        outcome = Outcome(
+            self.rows.slots[:num_reqs, 0],
+            self.num_sampled[:num_reqs],
+            self.num_rejected[:num_reqs],
+            self.rows.input_ids[:num_reqs, 0],
+        )
+        self.memory.match(self.buffers.rows_for(num_reqs), outcome)
+        self.draft(num_reqs)
+
+    def draft(self, num_reqs: int) -> None:
+        """Sample drafts from the blocks at hand, and choose hypotheses about what becomes of them."""
+        slot, num_drafts = self.rows.slots[:num_reqs, 0], self.shape.drafts
+        hidden = self.memory.rows_at_hand(slot)  # [num_reqs, K + 1, hidden]
+        logits = self.view.compute_logits(hidden.flatten(0, 1)).view(num_reqs, num_drafts + 1, -1)
+        anchor_position, anchor = self.rows.positions[:num_reqs, 0], self.rows.input_ids[:num_reqs, 0]
+        # A draw is keyed by the step as well as by its place: which block it came from depended on earlier draws.
+        keys = anchor_position[:, None] * (num_drafts + 1) + self.sampler.columns[:num_drafts]
+        self.sampler.sample(num_reqs, logits[:, :-1].flatten(0, 1), keys)
+        temperature = self.sampler.speculator.temperature[slot]
+        drafts = self.sampler.drafts[:num_reqs]
+        self.memory.choose(slot, anchor_position, anchor, logits, drafts, temperature)
+
+    def capture(self, graphs: OutcomeGraphs) -> None:
+        self.num_sampled.zero_()
+
+        def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            return lambda mode: self.match_and_draft(descriptor.num_reqs)
+
+        graphs.capture(prepare, "Capturing Orthrus outcomes")
+
+    # Where a draft pass was needed
+
+    def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
+        self.drafted[:num_reqs] = hidden
+
+    def finish(self, num_reqs: int, turn: Turn) -> None:
+        self.draft_passes += len(turn.slots)
+        if num_reqs < turn.together or self.shape.num_hypotheses(turn.together) == 0:
+            # The next verification has no room for blocks, so nothing need be remembered.
+            drafting = self.drafted[:num_reqs, : self.shape.drafts].flatten(0, 1)
+            keys = self.rows.positions[:num_reqs, : self.shape.drafts]
+            self.sampler.sample(num_reqs, self.view.compute_logits(drafting), keys)
+            return
+        new = async_tensor_h2d(turn.new, self.drafted.device)
+        self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
+        self.draft(num_reqs)
+        if len(turn.slots):
+            self.memory.keep_only(turn.slots)
+
+    # Beside both
+
+    def forget(self, slots: HostInts) -> None:
+        self.memory.forget(slots)
+
+    def warm_up(self, batch: InputBatch) -> None:
+        self.num_sampled.zero_()
+        for num_reqs in self.one_pass.warm_up(batch):
+            self.match_and_draft(num_reqs)
+
+    def make_graphs(
+        self, cudagraph_mode: CUDAGraphMode, drafts_have_graphs: bool, device: torch.device
+    ) -> OutcomeGraphs:
+        """One outcome follows one verification: they are there where the target's whole forward has graphs."""
+        carried = drafts_have_graphs and cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if carried else CUDAGraphMode.NONE
+        return OutcomeGraphs(self.vllm_config, device, mode, self.shape)
+
+    def counts(self) -> dict[str, int]:
+        return {**self.counted.read(), "draft_passes": self.draft_passes}

@@ -1,0 +1,30 @@
+"""Sampling drafts, by vLLM's own sampler for drafts."""
+
+import torch
+
+from vllm_orthrus.engine.draft_rows import DraftRows
+from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.vllm import DraftModelSpeculator
+
+
+class DraftSampler:
+    """Samples with the temperatures and seeds that the speculator holds, into a buffer that a graph may write."""
+
+    def __init__(self, speculator: DraftModelSpeculator, shape: DraftShape, rows: DraftRows) -> None:
+        self.speculator, self.shape, self.rows = speculator, shape, rows
+        room, device = rows.capacity, rows.input_ids.device
+        self.drafts = torch.zeros(room, shape.drafts, dtype=torch.int64, device=device)
+        self.columns = torch.arange(shape.drafts, dtype=torch.int32, device=device).repeat(room)
+
+    def sample(self, num_reqs: int, logits: torch.Tensor, keys: torch.Tensor) -> None:
+        """logits [num_reqs * K, vocabulary]; keys [num_reqs, K], of the draws: none may come twice for a request."""
+        sampled = self.speculator.sample_draft(
+            logits,
+            keys.flatten(),
+            self.rows.slots[:num_reqs].flatten(),
+            self.speculator.temperature,
+            self.speculator.seeds,
+            self.columns[: num_reqs * self.shape.drafts],
+            self.speculator.draft_logits,
+        )
+        self.drafts[:num_reqs] = sampled.view(num_reqs, -1)

@@ -1,0 +1,43 @@
+"""Two passes: after each verification, a draft pass over every request's newest token."""
+
+import torch
+
+from vllm_orthrus.engine.draft_rows import DraftRows
+from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
+from vllm_orthrus.engine.graphs import OutcomeGraphs
+from vllm_orthrus.engine.sampler import DraftSampler
+from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.view import DiffusionView
+from vllm_orthrus.engine.vllm import InputBatch
+
+
+class TwoPasses(Drafting):
+    def __init__(
+        self, view: DiffusionView, shape: DraftShape, rows: DraftRows, sampler: DraftSampler, local_argmax: bool
+    ) -> None:
+        """local_argmax: each rank finds the likeliest token of its part of the vocabulary, and logits stay apart."""
+        self.view, self.shape, self.rows, self.sampler, self.local_argmax = view, shape, rows, sampler, local_argmax
+
+    def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
+        drafting = hidden[:, : self.shape.drafts].flatten(0, 1)
+        if self.local_argmax:
+            self.sampler.drafts[:num_reqs] = self.view.get_top_tokens(drafting).view(num_reqs, -1)
+            return
+        # A draw is keyed by the position of the row it comes from.
+        keys = self.rows.positions[:num_reqs, : self.shape.drafts]
+        self.sampler.sample(num_reqs, self.view.compute_logits(drafting), keys)
+
+    def finish(self, num_reqs: int, turn: Turn) -> None:
+        """The pass has sampled already."""
+
+    def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
+        return False
+
+    def forget(self, slots: HostInts) -> None:
+        """Nothing is remembered."""
+
+    def warm_up(self, batch: InputBatch) -> None:
+        """vLLM samples; nothing here is a kernel of ours."""
+
+    def counts(self) -> None:
+        return None
