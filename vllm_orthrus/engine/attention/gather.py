@@ -67,11 +67,11 @@ class GatherAttention(BlockAttention):
         if length not in self._masks:
             lengths = self._blocks.prefix_lengths  # [num_reqs, H]
             in_prefix = torch.arange(length, device=lengths.device) < lengths[..., None]  # [num_reqs, H, length]
-            count = lengths.shape[1]
-            if count > 1:
-                in_prefix = in_prefix.repeat_interleave(rows // count, dim=1)  # [num_reqs, rows, length]
-            block = torch.arange(rows, device=lengths.device) // (rows // count)
-            in_block = block == block[:: rows if count == 1 else 1, None]  # [rows or 1, rows]
+            per_request = lengths.shape[1]
+            if per_request > 1:
+                in_prefix = in_prefix.repeat_interleave(rows // per_request, dim=1)  # [num_reqs, rows, length]
+            block = torch.arange(rows, device=lengths.device) // (rows // per_request)
+            in_block = block == block[:: rows if per_request == 1 else 1, None]  # [rows or 1, rows]
             self._masks[length] = torch.cat([in_prefix, in_block.expand(len(lengths), -1, -1)], dim=2)[:, None]
         return self._masks[length]
 

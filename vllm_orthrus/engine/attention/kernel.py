@@ -1,4 +1,4 @@
-"""Path E: our own kernel reads the target's cache in place; the block's keys and values go nowhere else."""
+"""The kernel path: our own kernel reads the target's cache in place; the block's keys and values go nowhere else."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Path W: the target's own attention layers, not causal, over a prefix to which the block has been appended.
+"""The write-through path: the target's own attention layers, not causal, over a prefix and the block behind it.
 
 The block's keys and values go into cache slots that are reserved for the request but hold nothing yet (positions p,
 p+1, ...). The next verification overwrites the first of them and the rest are overwritten before anything reads them,

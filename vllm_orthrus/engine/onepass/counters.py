@@ -15,7 +15,7 @@ class Event(Protocol):
 
 
 class LateCounts:
-    """Keeps one copy on its way to the host. Until it has arrived, the one before it is the news."""
+    """Keeps one copy on its way to the host. Until it has arrived, the last one that did is what is read."""
 
     def __init__(self, names: Sequence[str], counters: torch.Tensor, arrived: Event | None = None) -> None:
         self.names, self.counters, self.arrived = names, counters, arrived
