@@ -12,7 +12,10 @@ RUN = $(VENV)/bin/python -m
 TEST = $(RUN) pytest -q --durations=10
 NEWER = $(VENV)/vllm-0.33
 # Two parts at a time, so each may have one core: models as small as the tests' gain nothing from more.
-SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs=2 --output-sync=target
+# Their environment is there by then: a part that first waited for it would begin behind the short ones.
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs=2 --output-sync=target ENV= NEW=
+ENV = env
+NEW = newer
 
 .PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
 .PHONY: gpu-check engine-check clean
@@ -38,28 +41,28 @@ lint: env
 	$(VENV)/bin/ruff format --check .
 	$(RUN) mypy
 
-unit: env
+unit: $(ENV)
 	$(TEST) tests/unit $(ONLY)
 
-kernels: env
+kernels: $(ENV)
 	$(TEST) tests/kernels $(ONLY)
 
 # What a GPU runs, on a CPU.
-rehearsal: env
+rehearsal: $(ENV)
 	$(TEST) tests/rehearsal
 
 # Nearly half an hour of one core. The tests of `kernels` do the few that need most.
 kernels-compiled: env
 	$(RUN) benchmarks.kernel_resources --pinned --write
 
-engine: env
+engine: $(ENV)
 	$(TEST) tests/engine
 
 # The newer vLLM has no CPU build yet; its Python runs over the older one's binaries.
 newer: env
 	@$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
 
-engine-newer: newer
+engine-newer: $(NEW)
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow"
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
