@@ -114,7 +114,7 @@ def test_nobody_waits_for_the_device(drafting: Engine, monkeypatch: pytest.Monke
     late = LateCounts(state.COUNTERS, state.counters, arrival)
     late.copy.copy_(state.counters)
     monkeypatch.setattr(LateCounts, "read", watched)
-    monkeypatch.setattr(speculator, "counted", late)
+    monkeypatch.setattr(speculator.drafting, "counted", late)
     drafting.run(prompts(3), 24)
     assert 1 < arrival.recorded < arrival.asked
     told, true = drafting.one_pass, counted(drafting)
