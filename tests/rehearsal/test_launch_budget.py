@@ -26,9 +26,9 @@ BUDGET: dict[str, tuple[int | None, int | None, int | None]] = {
     "a layer of a draft pass": (14, 14, 14),
     "that pass, besides its layers": (3, 3, 7),
     "before a verification: the hypotheses' rows": (1, 3, None),
-    "behind a verification: taking up its outcome": (259, 259, None),
+    "behind a verification: taking up its outcome": (258, 258, None),
     "behind a verification, besides that": (8, 8, None),
-    "around a draft pass": (129, 129, 6),
+    "around a draft pass": (128, 128, 6),
 }
 KINDS: tuple[dict[str, Any], ...] = ({}, {"orthrus_verification": "fused"}, {"orthrus_passes": "two"})
 

@@ -30,6 +30,7 @@ def keep(*settings: tuple[str, Any]) -> Kept:
 
     speculator = load(*settings).speculator
     found: dict[int, int] = {}
+    met: set[int] = set()  # some of ours know each other
 
     def size(value: Any) -> int:
         """Of all that hangs on something of ours and was not counted yet."""
@@ -43,7 +44,8 @@ def keep(*settings: tuple[str, Any]) -> Kept:
             return sum(map(size, value.values()))
         if isinstance(value, list | tuple):
             return sum(map(size, value))
-        ours = type(value).__module__.startswith("vllm_orthrus")
+        ours = type(value).__module__.startswith("vllm_orthrus") and id(value) not in met
+        met.add(id(value))
         return size({n: part for n, part in vars(value).items() if n != "sources"}) if ours and vars(value) else 0
 
     drafting = speculator.drafting
