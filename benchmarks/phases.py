@@ -25,6 +25,7 @@ from vllm_orthrus.heads import (
     WEIGHTS,
     BaseShape,
     HeadConfig,
+    base_tensor_name,
     expected_tensors,
     save_head,
     write_json,
@@ -142,7 +143,7 @@ def write_random(folder: Path, shape: Mapping[str, Any], seed: int = 0) -> None:
     base = BaseShape.from_config(shape)
     generator = torch.Generator().manual_seed(seed)
     inner, hidden = shape["intermediate_size"], base.hidden_size
-    sizes = {name.replace("_diff.", "."): size for name, size in expected_tensors(base).items()}
+    sizes = {base_tensor_name(name): size for name, size in expected_tensors(base).items()}
     for layer in range(base.num_layers):
         sizes |= {
             f"model.layers.{layer}.mlp.gate_proj.weight": (inner, hidden),
@@ -169,7 +170,7 @@ def write_random(folder: Path, shape: Mapping[str, Any], seed: int = 0) -> None:
 
 def copy_attention(base: Mapping[str, torch.Tensor], shape: BaseShape) -> dict[str, torch.Tensor]:
     """The tensors of a head that is the base's attention over again."""
-    return {name: base[name.replace("_diff.", ".")] for name in expected_tensors(shape)}
+    return {name: base[base_tensor_name(name)] for name in expected_tensors(shape)}
 
 
 def save_one_row(head: dict[str, torch.Tensor], config: Mapping[str, Any], folder: Path) -> None:

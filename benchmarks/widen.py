@@ -36,6 +36,7 @@ from vllm_orthrus.heads import (
     expected_tensors,
     open_head,
     save_head,
+    tensor_place,
     write_json,
     write_tensors,
 )
@@ -170,7 +171,7 @@ class Widening:
             yield {path: self.widen(part, trained.get(path)) for path, part in paths.items()}
 
     def head(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts = {name: name.split(".")[-2].removesuffix("_diff") for name in expected_tensors(self.new.base)}
+        parts = {name: tensor_place(name).part for name in expected_tensors(self.new.base)}
         return {name: self.widen(part, trained.get(name)) for name, part in parts.items()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vllm_orthrus.heads import HeadConfig, expected_tensors, save_head
+from vllm_orthrus.heads import HeadConfig, base_tensor_name, expected_tensors, save_head
 
 VOCAB = 256
 MASK = 255
@@ -66,7 +66,7 @@ def head_tensors(base: dict[str, torch.Tensor], noise: float = 0.0) -> dict[str,
     generator = torch.Generator().manual_seed(1)
     head = {}
     for name in expected_tensors(head_config(block_size=1).shape):
-        original = base[name.replace("_diff.", ".")]
+        original = base[base_tensor_name(name)]
         head[name] = original + noise * torch.randn(original.shape, generator=generator)
     return head
 

@@ -45,7 +45,7 @@ def main() -> None:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)  # complete on the first process, empty elsewhere
-    names = {published_name(name.replace(".diffusion.", ".")) for name in state}
+    names = {published_name(name) for name in state}
     complete = set(expected_tensors(BaseShape.from_config(reference.base.config)))
     assert names == (complete if dist.get_rank() == 0 else set()), names ^ complete
     dist.barrier()

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.unit.conftest import SHAPES, make_base, make_head
-from vllm_orthrus import heads
 from vllm_orthrus.heads import (
     BaseShape,
     HeadConfig,
@@ -21,6 +20,8 @@ from vllm_orthrus.heads import (
     open_head,
     resolve_head,
     save_head,
+    tensor_name,
+    tensor_place,
 )
 from vllm_orthrus.heads.convert import HEAD_SHARD, extract_head, merge_head
 
@@ -54,6 +55,19 @@ def test_expected_tensors_are_what_a_head_has(shape: str) -> None:
     base = make_base(shape)
     found = {name: tuple(tensor.shape) for name, tensor in make_head(base).published().items()}
     assert found == expected_tensors(BaseShape.from_config(base.config))
+
+
+def test_every_name_leads_back_to_its_place() -> None:
+    for shape in SHAPES:
+        for name in expected_tensors(BaseShape.from_config(make_base(shape).config)):
+            assert tensor_name(*tensor_place(name)) == name
+    for wrong in (
+        "layers.0.q_proj.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_diff.weight",
+    ):
+        with pytest.raises(HeadError, match=f"'{wrong}' is not the name of a head's tensor"):
+            tensor_place(wrong)
 
 
 def test_fingerprint_is_of_the_config_however_it_is_written() -> None:
@@ -126,9 +140,9 @@ def test_a_repository_gives_up_only_what_holds_the_head(tmp_path: Path, monkeypa
         asked.append(name)
         return str(tmp_path / "merged" / name)
 
-    monkeypatch.setattr(heads, "hf_hub_download", download)
+    monkeypatch.setattr("vllm_orthrus.heads.files.hf_hub_download", download)
     opened = open_head("some/repository")
-    assert set(asked) == {"config.json", "model.safetensors.index.json", HEAD_SHARD}
+    assert asked == ["config.json", "model.safetensors.index.json", HEAD_SHARD]
     assert opened.layout == "merged"
 
 
@@ -194,6 +208,8 @@ def test_bad_heads_are_refused(tmp_path: Path) -> None:
         HeadConfig.for_base(QWEN3_8B, 32, 151936, None)
     with pytest.raises(HeadError, match="block_size=0"):
         HeadConfig.for_base(QWEN3_8B, 0, 5, None)
+    with pytest.raises(HeadError, match="the base my/base is not a folder here"):
+        merge_head(open_head(saved(tmp_path / "y")[1]), Path("my/base"), tmp_path / "nowhere")
     with pytest.raises(HeadError, match="Name it with --base"):
         base, head = saved(tmp_path / "x")
         merge_head(open_head(head), base, tmp_path / "merged")

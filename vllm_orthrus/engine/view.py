@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.fused_ops import fused, unfused_ops
-from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors
+from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors, tensor_place
 
 
 class DiffusionAttention(nn.Module):
@@ -113,9 +113,8 @@ class DiffusionView(nn.Module):
         missing = set(expected_tensors(self.shape))
         for name, tensor in tensors:
             missing.remove(name)
-            # model.layers.3.self_attn.k_proj_diff.weight -> layer 3, k_proj, weight
-            _, _, layer, _, part, kind = name.replace("_diff.", ".").split(".")
-            attention, module = self.layers[int(layer)], part
+            layer, part, kind = tensor_place(name)
+            attention, module = self.layers[layer], part
             shard: tuple[str, ...] = ()
             if part in ("q_proj", "k_proj", "v_proj"):
                 module, shard = "qkv_proj", (part[0],)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from vllm_orthrus.heads import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    BaseRef,
-    HeadCheckpoint,
-    HeadConfig,
-    HeadError,
-    is_head_tensor,
-    save_head,
-    write_json,
-    write_tensors,
-)
+from vllm_orthrus.heads.checkpoint import HeadCheckpoint
+from vllm_orthrus.heads.config import BaseRef, HeadConfig
+from vllm_orthrus.heads.errors import HeadError
+from vllm_orthrus.heads.files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Files
+from vllm_orthrus.heads.store import save_head, write_json, write_tensors
+from vllm_orthrus.heads.tensors import is_head_tensor
 
 HEAD_SHARD = "model-diff.safetensors"
 
@@ -35,13 +27,7 @@ def extract_head(
     if name is None:
         raise HeadError(f"{checkpoint.source} doesn't say which base it was trained for. Name it with --base.")
     ref = BaseRef(name, revision or checkpoint.config.base.revision, checkpoint.config.base.fingerprint)
-    config = HeadConfig(
-        checkpoint.config.block_size,
-        checkpoint.config.mask_token_id,
-        ref,
-        checkpoint.config.shape,
-        checkpoint.config.base_config,
-    )
+    config = replace(checkpoint.config, base=ref)
     save_head(folder, {key: tensor.to(dtype or tensor.dtype) for key, tensor in checkpoint.tensors()}, config)
     return config
 
@@ -52,14 +38,16 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
     The base's files are linked where the file system allows it, else copied; none of its weights are loaded. The head
     becomes one more shard.
     """
-    base_config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    if not base.is_dir():
+        raise HeadError(f"the base {base} is not a folder here. Download it first and give its folder.")
+    base_config = Files(str(base)).config()
     checkpoint.config.check_fits(base_config, str(base))
     if folder.exists() and any(folder.iterdir()):
         raise HeadError(f"{folder} is not empty. Name a new folder for the merged checkpoint.")
     folder.mkdir(parents=True, exist_ok=True)
     shard_of = _shards(base)
     for file in sorted(base.iterdir()):
-        if file.is_file() and file.name not in ("config.json", WEIGHTS_INDEX):
+        if file.is_file() and file.name not in (CONFIG, WEIGHTS_INDEX):
             _link_or_copy(file, folder / file.name)
     tensors = dict(checkpoint.tensors())
     write_tensors(folder / HEAD_SHARD, tensors)
@@ -67,18 +55,13 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
     extra = {"block_size": checkpoint.config.block_size, "mask_token_id": checkpoint.config.mask_token_id}
-    write_json(folder / "config.json", {**base_config, "architectures": ["OrthrusLM"], **extra})
+    write_json(folder / CONFIG, {**base_config, "architectures": ["OrthrusLM"], **extra})
 
 
 def _shards(base: Path) -> dict[str, str]:
     """Which file of a base holds which tensor."""
-    index, weights = base / WEIGHTS_INDEX, base / WEIGHTS
-    if index.is_file():
-        shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    elif weights.is_file():
-        with safe_open(weights, framework="pt") as shard:
-            shard_of = dict.fromkeys(shard.keys(), WEIGHTS)
-    else:
+    shard_of = Files(str(base)).file_of()
+    if not shard_of:
         raise HeadError(f"{base} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: only safetensors bases can be merged.")
     if any(map(is_head_tensor, shard_of)):
         raise HeadError(f"{base} already holds a head. Give the stock base.")

@@ -237,7 +237,7 @@ class Trainer:
             self._plain_model(),
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True),
         )
-        return {published_name(name.replace(".diffusion.", ".")): tensor for name, tensor in state.items()}
+        return {published_name(name): tensor for name, tensor in state.items()}
 
     def _save_checkpoint(self) -> None:
         weights = self._weights()  # every process takes part in gathering

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vllm_orthrus.heads import NORMS, PROJECTIONS, is_head_tensor
+from vllm_orthrus.heads import NORMS, PROJECTIONS, is_head_tensor, tensor_name
 
 
 class View(NamedTuple):
@@ -56,15 +56,15 @@ class Rope(NamedTuple):
 
 
 def autoregressive_view(attention: Any) -> View:
-    return _view(attention, attention, suffix="")
+    return _view(attention, attention)
 
 
 def diffusion_view(attention: Any, diffusion: DiffusionAttention) -> View:
-    return _view(attention, diffusion, suffix="_diff")
+    return _view(attention, diffusion)
 
 
-def _view(attention: Any, weights: nn.Module, suffix: str) -> View:
-    modules: dict[str, Any] = {part: getattr(weights, part + suffix, None) for part in (*PROJECTIONS, *NORMS)}
+def _view(attention: Any, weights: nn.Module) -> View:
+    modules: dict[str, Any] = {part: getattr(weights, part, None) for part in (*PROJECTIONS, *NORMS)}
     return View(**modules, head_dim=attention.head_dim, scaling=attention.scaling)
 
 
@@ -75,7 +75,7 @@ class DiffusionAttention(nn.Module):
         super().__init__()
         for part in (*PROJECTIONS, *NORMS):
             if hasattr(attention, part):
-                self.add_module(part + "_diff", copy.deepcopy(getattr(attention, part)))
+                self.add_module(part, copy.deepcopy(getattr(attention, part)))
 
 
 class DiffusionHead(nn.Module):
@@ -96,6 +96,6 @@ class DiffusionHead(nn.Module):
 
 
 def published_name(name: str) -> str:
-    """`layers.3.q_proj_diff.weight` -> `model.layers.3.self_attn.q_proj_diff.weight`."""
-    _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.self_attn.{rest}"
+    """Of the head's parameter `layers.3.q_proj.weight`, which is `layers.3.diffusion.q_proj.weight` beside its base."""
+    _, layer, *_, part, kind = name.split(".")
+    return tensor_name(int(layer), part, kind)

@@ -1,0 +1,77 @@
+"""Reading a head, in either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from vllm_orthrus.heads.config import HeadConfig, Layout, layout_of
+from vllm_orthrus.heads.errors import HeadError
+from vllm_orthrus.heads.files import Files
+from vllm_orthrus.heads.tensors import check_tensors, is_head_tensor
+
+
+class HeadCheckpoint(NamedTuple):
+    """A head on disk: its facts and the file that holds each tensor. `tensors` reads them."""
+
+    source: str
+    layout: Layout
+    config: HeadConfig
+    files: Mapping[str, Path]
+
+    def tensors(self, device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Every head tensor, one at a time, from just the shards that hold any."""
+        by_file: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            by_file.setdefault(path, []).append(name)
+        for path, names in by_file.items():
+            with safe_open(path, framework="pt", device=str(device)) as shard:
+                for name in names:
+                    yield name, shard.get_tensor(name)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes from the files' headers, without reading the data."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in set(self.files.values()):
+            with safe_open(path, framework="pt") as shard:
+                found |= {
+                    name: tuple(shard.get_slice(name).get_shape()) for name in self.files if self.files[name] == path
+                }
+        return found
+
+    def check_complete(self) -> None:
+        """Raise unless exactly the tensors that this head's base calls for are there, each in its shape."""
+        check_tensors(self.shapes(), self.config.shape, self.source)
+
+
+def open_head(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> HeadCheckpoint:
+    """Open a head in a local folder or a Hugging Face repository, in either layout.
+
+    From a repository only `config.json`, the index and the shards with `_diff` tensors are downloaded.
+    """
+    files = Files(str(source), revision, cache_dir)
+    config = files.config()
+    file_of = {name: file for name, file in files.file_of().items() if is_head_tensor(name)}
+    if not file_of:
+        raise HeadError(
+            f"{source} holds no `_diff` tensors in .safetensors files. Give a merged or a head-only Orthrus checkpoint."
+        )
+    path_of = {file: files.get(file) for file in dict.fromkeys(file_of.values())}
+    return HeadCheckpoint(
+        files.source,
+        layout_of(config),
+        HeadConfig.from_json(config, files.source),
+        {name: path_of[file] for name, file in file_of.items()},
+    )
+
+
+def read_head_config(
+    source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
+) -> HeadConfig:
+    """A head's facts, without its weights."""
+    files = Files(str(source), revision, cache_dir)
+    return HeadConfig.from_json(files.config(), files.source)

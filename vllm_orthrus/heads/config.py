@@ -1,0 +1,132 @@
+"""The facts beside a head's tensors, and how they are written in a `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from vllm_orthrus.heads.base import ARCHITECTURES, BaseShape, base_fingerprint, rope_settings
+from vllm_orthrus.heads.errors import HeadError
+from vllm_orthrus.heads.locate import BUILTIN_HEADS
+
+Layout = Literal["merged", "head-only"]
+
+_MERGED_ONLY = ("block_size", "mask_token_id", "auto_map", "use_cache")  # what merging adds to a base's config
+
+
+class BaseRef(NamedTuple):
+    """Which base a head was trained for."""
+
+    name: str | None
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The facts beside the tensors.
+
+    `base_config` is the base's own `config.json`, kept so that a head can be checked without its base.
+    """
+
+    block_size: int
+    mask_token_id: int
+    base: BaseRef
+    shape: BaseShape
+    base_config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise HeadError(f"block_size={self.block_size} must be at least 1 (the published heads have 32).")
+        if not 0 <= self.mask_token_id < self.shape.vocab_size:
+            raise HeadError(
+                f"mask_token_id={self.mask_token_id} has no embedding row: the base has "
+                f"vocab_size={self.shape.vocab_size}. Set mask_token_id to a token of the base's vocabulary that never "
+                "occurs in text."
+            )
+
+    @property
+    def num_drafts(self) -> int:
+        """Rows of a block trained to predict: all but the last, except where the block is a single row."""
+        return max(1, self.block_size - 1)
+
+    @classmethod
+    def for_base(
+        cls,
+        base_config: Mapping[str, Any],
+        block_size: int,
+        mask_token_id: int,
+        name: str | None,
+        revision: str | None = None,
+    ) -> HeadConfig:
+        ref = BaseRef(name, revision, base_fingerprint(base_config))
+        return cls(block_size, mask_token_id, ref, BaseShape.from_config(base_config), dict(base_config))
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any], source: str) -> HeadConfig:
+        """Read a head's `config.json`, merged or head-only, that came from the folder or repository `source`."""
+        missing = [key for key in ("block_size", "mask_token_id") if key not in config]
+        if missing:
+            raise HeadError(
+                f"{source}: config.json has no {' and no '.join(missing)}, which every Orthrus head states at its top "
+                "level. Give an Orthrus head, or add them."
+            )
+        if layout_of(config) == "head-only":
+            base_config, verifier = config["transformer_layer_config"], config["speculators_config"]["verifier"]
+            name, revision = verifier["name_or_path"], verifier.get("revision")
+        else:
+            base_config = {key: value for key, value in config.items() if key not in _MERGED_ONLY}
+            base_config["architectures"] = ARCHITECTURES.get(config.get("model_type", ""), [])
+            name, revision = {head: base for base, head in BUILTIN_HEADS.items()}.get(source), None
+        return cls.for_base(base_config, config["block_size"], config["mask_token_id"], name, revision)
+
+    def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The head-only `config.json`: the `speculators` convention, with what Orthrus adds at the top level."""
+        proposal = {"proposal_type": "greedy", "speculative_tokens": self.num_drafts}
+        architectures = list(self.base_config.get("architectures") or [])
+        return {
+            "architectures": ["OrthrusHead"],
+            "speculators_model_type": "orthrus",
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "dtype": str(dtype).removeprefix("torch."),
+            "speculators_config": {
+                "algorithm": "orthrus",
+                "proposal_methods": [proposal],
+                "default_proposal_method": "greedy",
+                "verifier": {
+                    "name_or_path": self.base.name,
+                    "architectures": architectures,
+                    "revision": self.base.revision,
+                    "fingerprint": self.base.fingerprint,
+                },
+            },
+            "transformer_layer_config": dict(self.base_config),
+        }
+
+    def check_fits(self, base_config: Any, base_name: str) -> list[str]:
+        """Raise unless this head's tensors belong on that base; return what else differs, for a warning."""
+        base = BaseShape.from_config(base_config)
+        mine, theirs = vars(self.shape), vars(base)
+        differing = [f"{key} (head {mine[key]}, base {theirs[key]})" for key in mine if mine[key] != theirs[key]]
+        if differing:
+            trained_for = f", which was trained for {self.base.name}," if self.base.name else ""
+            raise HeadError(
+                f"the head{trained_for} does not fit {base_name}: {'; '.join(differing)}. "
+                "Give a head trained for this base, or train one with `vllm-orthrus train`."
+            )
+        if base_fingerprint(base_config) == self.base.fingerprint:
+            return []
+        mine, theirs = rope_settings(self.base_config), rope_settings(base_config)
+        where = f"rotary settings (head {mine}, base {theirs})" if mine != theirs else "activation, norms or embeddings"
+        return [
+            f"{base_name} differs from the base this head was trained for in {where}: expect fewer accepted drafts."
+        ]
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout:
+    """Told by a head's `config.json`: a merged one is the base's, with what merging added."""
+    return "head-only" if "speculators_config" in config else "merged"
