@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.unit.conftest import SHAPES, make_base, make_head, make_reference
-from vllm_orthrus.heads import HeadConfig, HeadError, open_head, save_head
+from vllm_orthrus.errors import UserError
+from vllm_orthrus.heads import HeadConfig, open_head, save_head
 from vllm_orthrus.heads.convert import merge_head
 from vllm_orthrus.training.reference import Reference
 
@@ -138,7 +139,7 @@ def test_impossible_requests_are_refused() -> None:
     reference = make_reference(make_base())
     with pytest.raises(ValueError, match="no prompt may be empty"):
         reference.generate([[1], []])
-    with pytest.raises(HeadError, match="num_drafts=9 exceeds the block of 8"):
+    with pytest.raises(UserError, match="num_drafts=9 exceeds the block of 8"):
         reference.generate([[1]], num_drafts=9)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.unit.conftest import TINY, make_base, make_reference
 from tests.unit.test_rejection import chi_square
+from vllm_orthrus.errors import UserError
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses
 from vllm_orthrus.training import simulator
 from vllm_orthrus.training.evaluate import first_per_class, read_prompts
@@ -198,7 +199,7 @@ def test_a_block_of_one_with_ar_weights_never_misses_a_draft() -> None:
 
 
 def test_no_hypotheses_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(UserError, match="at least 1"):
         OnePass(make_reference(make_base()), 0)
 
 

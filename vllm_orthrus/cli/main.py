@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_orthrus import __version__
+from vllm_orthrus.errors import UserError
 
 COMMANDS = ("train", "answers", "report", "head", "doctor", "demo", "simulate")
 
@@ -25,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         status: int = options.run(options)
-    except ValueError as error:  # settings and heads that cannot work: the message is the whole story
-        if type(error).__name__ not in ("ConfigError", "HeadError"):
-            raise
+    except UserError as error:
         print(f"vllm-orthrus {options.command}: {error}", file=sys.stderr)
         return 2
     return status

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from vllm_orthrus.heads import BaseShape, HeadConfig, HeadError, open_head
+from vllm_orthrus.errors import UserError
+from vllm_orthrus.heads import BaseShape, HeadConfig, open_head
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
 from vllm_orthrus.training.views import DiffusionHead, Rope, View, autoregressive_view, diffusion_view
 
@@ -208,7 +209,7 @@ class Reference:
                 "generate() needs at least one prompt, and no prompt may be empty: the anchor follows a token."
             )
         if num_drafts > width:
-            raise HeadError(f"num_drafts={num_drafts} exceeds the block of {width} rows. Draft at most {width} tokens.")
+            raise UserError(f"num_drafts={num_drafts} exceeds the block of {width} rows. Draft at most {width} tokens.")
 
 
 class _Chooser(NamedTuple):

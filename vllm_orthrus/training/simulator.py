@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_orthrus.errors import UserError
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_naive, count_covered, match_naive
 from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.policy.chances import (
@@ -96,7 +97,7 @@ class OnePass:
         is computed, after the fact, which comes to the same because blocks see neither each other nor later tokens.
         """
         if hypotheses < 1:
-            raise ValueError(f"hypotheses={hypotheses}: one pass needs at least 1. Without any, use the two-pass loop.")
+            raise UserError(f"hypotheses={hypotheses}: one pass needs at least 1. Without any, use the two-pass loop.")
         self.reference, self.hypotheses, self.temperature = reference, hypotheses, temperature
         self.width = width or reference.config.block_size
         self.drafting_rows = max(1, min(self.width, reference.config.num_drafts))
