@@ -118,8 +118,10 @@ def test_an_unknown_model_runner_is_left_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_patch_explains_itself() -> None:
-    for one in (*patches.PATCHES, *patches.WORKER_PATCHES):
+    every = (*patches.PATCHES, *patches.WORKER_PATCHES)
+    for one in every:
         assert all((one.why, one.upstream, one.remove_when)), one.target
+    assert len({one.why for one in every}) == len(every), "a reason that fits two patches says too little of one"
 
 
 def test_installing_twice_changes_nothing() -> None:

@@ -216,7 +216,7 @@ PATCHES = [
     ),
     Patch(
         target=f"{_STATS}:SpecDecodingProm.observe",
-        why="The same.",
+        why="Here a step's stats are added to the counters under /metrics; ours are added with vLLM's own.",
         upstream=_UPSTREAM,
         remove_when=_REMOVE_WHEN,
         check=takes("self", "spec_decoding_stats", "engine_idx"),
@@ -224,7 +224,7 @@ PATCHES = [
     ),
     Patch(
         target=f"{_STATS}:SpecDecodingLogging.observe",
-        why="vLLM's periodic log is where one looks for how drafting fares.",
+        why="vLLM's periodic log covers many steps; here the counts of each are added up until the next line.",
         upstream=_UPSTREAM,
         remove_when=_REMOVE_WHEN,
         check=takes("self", "spec_decoding_stats"),
@@ -232,7 +232,7 @@ PATCHES = [
     ),
     Patch(
         target=f"{_STATS}:SpecDecodingLogging.log",
-        why="The same.",
+        why="vLLM's periodic log is where one looks for how well drafting does; here its line on drafts is written.",
         upstream=_UPSTREAM,
         remove_when=_REMOVE_WHEN,
         check=takes("self", "log_fn"),
@@ -254,6 +254,6 @@ WORKER_PATCHES = [
 
 
 def count_in_this_worker() -> None:
-    """A model runner that is not recognised drafts all the same, but nobody hears of its counts."""
+    """A model runner that is not recognised drafts all the same, but its counts are missing from the metrics."""
     for patch in apply_all(WORKER_PATCHES):
         logger.warning("vllm-orthrus leaves %s as it is (%s): %s", patch.target, patch.problem, patch.why)
