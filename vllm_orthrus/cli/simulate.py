@@ -67,14 +67,16 @@ def run(options: argparse.Namespace) -> int:
         }
         print(f"\nT={temperature}: tokens per forward; plain decoding is 1")
         print(HEADINGS)
-        for count in options.hypotheses:
-            if count == 0:
+        for num_hypotheses in options.hypotheses:
+            if num_hypotheses == 0:
                 for name, value in two_pass.items():
-                    print(f"{count:>3}  {name:<12}{value:>8.2f}{1:>8.2f}")
+                    print(f"{0:>3}  {name:<12}{value:>8.2f}{1:>8.2f}")
                     found.append({"temperature": temperature, "hypotheses": 0, "class": name, "tokens/forward": value})
                 continue
             generator = torch.Generator(options.device).manual_seed(options.seed)
-            loop = OnePass(reference, count, temperature, options.drafts, options.width, options.drafting, generator)
+            loop = OnePass(
+                reference, num_hypotheses, temperature, options.drafts, options.width, options.drafting, generator
+            )
             runs = [
                 run
                 for start in range(0, len(prompts), options.batch)
@@ -92,12 +94,12 @@ def run(options: argparse.Namespace) -> int:
                     for head, streamed in heads.items()
                 }
                 print(
-                    f"{count:>3}  {name:<12}{result.tokens_per_forward:>8.2f}{ratio:>8.2f}{result.hit:>8.2f}"
+                    f"{num_hypotheses:>3}  {name:<12}{result.tokens_per_forward:>8.2f}{ratio:>8.2f}{result.hit:>8.2f}"
                     f"{result.count_missed:>10.2f}{result.bonus_missed:>10.2f}"
                     + "".join(f"{value:>12.2f}" for value in times.values())
                 )
                 found.append(
-                    {"temperature": temperature, "hypotheses": count, "class": name}
+                    {"temperature": temperature, "hypotheses": num_hypotheses, "class": name}
                     | {"tokens/forward": result.tokens_per_forward, "ratio": ratio, "time": times}
                     | {"hit": result.hit, "count missed": result.count_missed, "bonus missed": result.bonus_missed}
                 )

@@ -85,7 +85,7 @@ class Server:
         return "\n".join([*lines[-30:], f"(all of it: {self.log})"])
 
     def stop(self) -> None:
-        """Ask as Ctrl-C would, then insist."""
+        """Interrupt it, as Ctrl-C does; kill it if it is still there half a minute later."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:

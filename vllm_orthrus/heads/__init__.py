@@ -1,4 +1,4 @@
-"""What an Orthrus head is, which head belongs to which base, and how a head lies on disk.
+"""What an Orthrus head is, which head belongs to which base, and how a head is stored.
 
 A head is, for every decoder layer of a frozen base, a second set of attention weights (the diffusion view). Their
 names are the published ones, `model.layers.N.self_attn.{q,k,v,o}_proj_diff.weight` and `{q,k}_norm_diff.weight`, in
@@ -9,7 +9,7 @@ either of two layouts:
 - *head-only*: the `_diff` tensors alone, with a `config.json` in the `speculators` convention, which names the base
   (there called the verifier).
 
-`convert` leads from one to the other.
+`vllm_orthrus.heads.convert` turns one into the other.
 """
 
 from vllm_orthrus.heads.base import BaseShape, base_fingerprint

@@ -1,4 +1,4 @@
-"""Between the two layouts of a head: out of a merged checkpoint, or beside its base into one."""
+"""From either layout of a head to the other: the head alone, or one checkpoint with its base."""
 
 from __future__ import annotations
 

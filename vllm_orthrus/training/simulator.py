@@ -1,13 +1,15 @@
-"""The one-pass loop over the reference model: the draft of the next step rides along with the verification of this one.
+"""The one-pass loop, simulated on the reference model: how many drafts it foresees and accepts, not how fast it is.
 
-With the anchor at position p, its drafts d1..dn taken from rows offset, offset+1, ... of the block at hand:
+The blocks for the next step's drafts ride along with the verification of this step's. With the anchor at position p and
+its drafts d1..dn:
 
     choose:   H hypotheses (a, c), each the block [c, MASK, ...] at p+a+1 that may turn out useful
     forward:  the AR view runs [anchor, d1..dK] at p..p+K and keeps their keys; in every layer the hypotheses' rows come
               after them and see those keys, so that a block knows d1..da as if they had been accepted
-    outcome:  a* accepted, then bonus b, which is the next anchor
+    verify:   a* drafts are accepted, then bonus b, which is the next anchor
     match:    the newest hypothesis that proved true becomes the block at hand: offset a* - a, which is 0 for a hit (the
               rows of a separate draft pass) and larger for a tail. If none did, the old block stays, a* + 1 rows on
+    draft:    the next d1..dn from rows offset, offset + 1, ... of the block at hand
 
 Drafts are always drawn anew from the block's rows after the outcome is known, and judged with those rows' q. Nothing
 that chose the hypotheses can then bias the text: q is fixed by what was known before the draft was drawn.
@@ -94,7 +96,7 @@ class OnePass:
         carry_all: bool = False,
     ) -> None:
         """`carry_all` really runs all blocks in the verification's forward. Otherwise only the block that proves useful
-        is computed, after the fact, which comes to the same because blocks see neither each other nor later tokens.
+        is computed, after the verification, with the same result: blocks see neither each other nor later tokens.
         """
         if hypotheses < 1:
             raise UserError(f"hypotheses={hypotheses}: one pass needs at least 1. Without any, use the two-pass loop.")
@@ -197,10 +199,10 @@ class OnePass:
         """The drafts, described, and the distributions [R, K, V] that they were drawn from."""
         rows = (now.offset[:, None] + self.places).clamp(max=self.width - 1)  # [R, K+1]
         q = self._probabilities(now.block.gather(1, rows[..., None].expand(-1, -1, now.block.shape[2])))
-        count = draft_count(now.offset, self.num_drafts, self.drafting_rows)
+        real = draft_count(now.offset, self.num_drafts, self.drafting_rows)
         drafted = self._draw(q[:, :-1]) if self.drafting == "probabilistic" else q[:, :-1].argmax(-1)
         said = from_probabilities(q, drafted, LOOKED_AT)
-        described = describe_drafts(said, drafted, count, now.offset, self.width)
+        described = describe_drafts(said, drafted, real, now.offset, self.width)
         if self.drafting == "greedy":  # drawn from nothing, whatever the rows say: q is one-hot
             return described, torch.zeros_like(q[:, :-1]).scatter_(2, drafted[..., None], 1)
         return described, q[:, :-1]
@@ -234,9 +236,9 @@ def forward(
 
     In every layer the verification rows write their keys first. A hypothesis sees them as far as its own prefix goes.
     """
-    reqs, count = hypotheses.token.shape
+    reqs, num_hypotheses = hypotheses.token.shape
     behind = torch.where(hypotheses.accepted == NONE, 0, prefix[:, None] + hypotheses.accepted + 1)  # [R, H]
-    block_ids = torch.full((reqs, count, width), reference.config.mask_token_id, device=ids.device)
+    block_ids = torch.full((reqs, num_hypotheses, width), reference.config.mask_token_id, device=ids.device)
     block_ids[..., 0] = hypotheses.token
     places = (behind[..., None] + torch.arange(width, device=ids.device)).flatten(0, 1)  # [R*H, B]
 
@@ -256,16 +258,16 @@ def forward(
         x = x + layer.mlp(layer.post_attention_layernorm(x))
 
         q, k, v = diffusion.project(layer.input_layernorm(y), block_rope)
-        prefix_k, prefix_v = (side[index].repeat_interleave(count, dim=0) for side in cache)
+        prefix_k, prefix_v = (side[index].repeat_interleave(num_hypotheses, dim=0) for side in cache)
         keys, values = torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)
         y = y + diffusion.output(attend(q, keys, values, block_visible, diffusion.scaling))
         y = y + layer.mlp(layer.post_attention_layernorm(y))
     norm = reference.decoder.norm
-    return norm(x), norm(y).unflatten(0, (reqs, count))
+    return norm(x), norm(y).unflatten(0, (reqs, num_hypotheses))
 
 
 class Figures(NamedTuple):
-    """What one pass came to on the prompts of one class."""
+    """What one pass gave on the prompts of one class."""
 
     prompts: int
     steps: int

@@ -209,7 +209,7 @@ class Trainer:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device)).item())
 
-    # What is left behind
+    # Metrics, checkpoints and the finished head
 
     def _log(self, loss: float, agreement: RowAgreement, bar: Any) -> None:
         if self.progress.step % self.config.run.log_every and self.progress.step != self.steps:
