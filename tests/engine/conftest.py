@@ -10,7 +10,7 @@ import pytest
 from tests.engine import checkpoints
 from tests.engine.harness import Engine
 
-THOROUGH = bool(os.environ.get("ORTHRUS_TEST_ALL_PROMPTS"))
+THOROUGH = bool(os.environ.get("ORTHRUS_TEST_THOROUGH"))
 
 StartEngine = Callable[..., Engine]
 
@@ -43,7 +43,7 @@ def path(request: pytest.FixtureRequest) -> str:
 def compiled(path: str) -> None:
     """For tests that say nothing of the kernel beyond what others say: interpreted, it would take minutes in each."""
     if path == "kernel" and not THOROUGH:
-        pytest.skip("a matter for the other ways to read the cache; ORTHRUS_TEST_ALL_PROMPTS=1 runs it all the same")
+        pytest.skip("a matter for the other ways to read the cache; ORTHRUS_TEST_THOROUGH=1 runs it all the same")
 
 
 @pytest.fixture(scope="session")

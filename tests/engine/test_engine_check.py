@@ -25,7 +25,7 @@ SMALL = QWEN3_06B | {
     "head_dim": 64,
     "vocab_size": 1088,
 }
-all_of_it = pytest.mark.skipif(not THOROUGH, reason="engines of their own; ORTHRUS_TEST_ALL_PROMPTS=1 starts them")
+all_of_it = pytest.mark.skipif(not THOROUGH, reason="engines of their own; ORTHRUS_TEST_THOROUGH=1 starts them")
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_same_text_and_same_hidden_states(engine: Engine, plain: Engine, twice: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not THOROUGH, reason="interpreted, two minutes; ORTHRUS_TEST_ALL_PROMPTS=1 runs it")
+@pytest.mark.skipif(not THOROUGH, reason="interpreted, two minutes; ORTHRUS_TEST_THOROUGH=1 runs it")
 def test_chunked_prefill_preemption_and_prefix_hits(
     start: StartEngine, tiny: Checkpoints, plain: Engine, twice: Twice
 ) -> None:
