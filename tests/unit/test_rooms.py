@@ -60,3 +60,12 @@ def test_the_page_links_to_what_is_there() -> None:
         svg = (ROOT / "docs" / picture).read_text()
         for file in re.findall(r"\b(?:engine|kernels)/[\w/]+\.py", svg):
             assert (ROOT / file).exists() or (PACKAGE / file).exists(), (picture, file)
+
+
+def test_the_guide_names_every_room() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")} - {PACKAGE.relative_to(ROOT)}
+    inner = {Path("vllm_orthrus/patches/native")}  # of one room alone
+    assert [str(room) for room in sorted(rooms - inner) if f"`{room}/`" not in guide] == []
+    for link in re.findall(r"\]\(([\w./-]+)[)#]", guide):
+        assert (ROOT / link).exists(), link

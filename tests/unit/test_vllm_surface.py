@@ -53,6 +53,14 @@ def test_every_name_that_the_engine_builds_on_is_listed() -> None:
     assert set(ast.literal_eval(names)) <= {row.partition(":")[2] for row in rows("What we import")}
 
 
+def test_what_is_used_of_each_name_is_used() -> None:
+    """Plain words in code marks, in the column that says what for."""
+    cells = re.findall(r"^\| `[^`]+` \| ([^|]+) \| first \|", SURFACE.read_text(), re.MULTILINE)
+    assert len(cells) > 50
+    used = set(re.findall(r"\w+", " ".join(path.read_text() for path in PACKAGE.rglob("*.py"))))
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} <= used
+
+
 def test_every_name_has_a_mark_for_every_supported_release() -> None:
     supported = [f"0.{minor}" for minor in range(100) if SpecifierSet(SUPPORTED_VLLM).contains(f"0.{minor}")]
     tables = re.findall(r"^\| name (.*?)\n\n", SURFACE.read_text() + "\n", re.MULTILINE | re.DOTALL)
