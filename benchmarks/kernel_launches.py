@@ -11,15 +11,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from vllm_orthrus.engine.settings import MAX_PASS_ROWS, DraftShape
-from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels import (
+    choose,
     dual_view_device,
     hypotheses,
-    hypotheses_device,
+    match,
     most_probable,
     prepare_block,
     prepare_hypotheses,
 )
+from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels.dual_view_plan import Target
 from vllm_orthrus.policy import chances
 
@@ -204,9 +205,10 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     likely = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
     offset, anchors = empty(num_reqs), rows.input_ids[:num_reqs, 0]
     values = empty(shape.block + 1, dtype=float32)
-    with recorded(hypotheses_device, "_choose", "_match") as judge:
-        hypotheses.choose_device(*likely, drafts, anchors, offset, values, shape.hypotheses)
+    with recorded(choose, "_choose_kernel") as chosen:
+        choose.launch(*likely, drafts, anchors, offset, values, shape.hypotheses)
+    with recorded(match, "_match_kernel") as matched:
         judged = hypotheses.Hypotheses(empty(num_reqs, count), empty(num_reqs, count))
-        hypotheses.match_device(judged, drafts, empty(num_reqs), anchors, offset)
+        match.launch(judged, drafts, empty(num_reqs), anchors, offset)
     names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
-    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
+    return dict(zip(names, (*prepare, *ride_along, *look, *chosen, *matched), strict=True))

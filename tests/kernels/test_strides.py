@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels import most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels import choose, match, most_probable, prepare_block, prepare_hypotheses
 from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification, dual_view_attention
-from vllm_orthrus.kernels.hypotheses_device import launch_choose, launch_match
+from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 Tensors = dict[str, Tensor]
 Launch = Callable[[Tensors], Any]
 
-REQS, DRAFTS, RANKS, COUNT, VOCABULARY = 3, 5, 4, 6, 40
+REQS, DRAFTS, RANKS, HYPOTHESES, VOCABULARY = 3, 5, 4, 6, 40
 
 
 def _choose() -> tuple[Tensors, Launch]:
@@ -30,10 +30,8 @@ def _choose() -> tuple[Tensors, Launch]:
         "anchors": torch.tensor([11, 22, 33]),
         "offset": torch.tensor([0, 2, 1]),
         "values": 0.9 ** torch.arange(DRAFTS + 2),
-        "accepted": torch.full((REQS, COUNT), -7),
-        "token": torch.full((REQS, COUNT), -7),
     }
-    return given, lambda t: launch_choose(*t.values())
+    return given, lambda t: list(choose.launch(*t.values(), num_hypotheses=HYPOTHESES))
 
 
 def _match() -> tuple[Tensors, Launch]:
@@ -44,10 +42,13 @@ def _match() -> tuple[Tensors, Launch]:
         "num_sampled": torch.tensor([2, 3, 0]),
         "last_sampled": torch.tensor([8, 5, 9]),
         "offset": torch.tensor([1, 2, 3]),
-        "index": torch.full((REQS,), -7),
-        "behind": torch.full((REQS,), -7),
     }
-    return given, lambda t: launch_match(*t.values())
+
+    def launch(t: Tensors) -> list[Tensor]:
+        accepted, token, *others = t.values()
+        return list(match.launch(Hypotheses(accepted, token), *others))
+
+    return given, launch
 
 
 def _likeliest() -> tuple[Tensors, Launch]:

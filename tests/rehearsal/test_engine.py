@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
 from tests.rehearsal.launches import Launch, Recorder
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
-from vllm_orthrus.kernels import hypotheses_device
+from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
+from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
 GIVEN = prompts(5, shortest=9)
@@ -77,13 +77,13 @@ def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypat
     assert expected[1].one_pass["bonus_missed"] > 0
 
     # A planted fault: the anchors, which are a column of the blocks' rows, read as if they stood side by side.
-    launch = hypotheses_device.launch_choose
+    launch = choose.launch
 
-    def packed(*arguments: torch.Tensor) -> None:
+    def packed(*arguments: Any) -> Hypotheses:
         outcome, bonus, candidates, drafts, anchors, *others = arguments
-        launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
+        return launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
 
-    monkeypatch.setattr(hypotheses_device, "launch_choose", packed)
+    monkeypatch.setattr(choose, "launch", packed)
     faulty = greedily(start_form("triton", passes))
     assert faulty.tokens == expected[0].tokens, "drafts never change the text"
     assert faulty.one_pass != expected[0].one_pass
@@ -108,5 +108,12 @@ def test_every_step_launches_what_was_warmed_up(
         for count in (1, 2, 3, 4, 5):
             engine.run(prompts(count, shortest=7), 5)
     launched = recorder.take()
-    assert {launch.kernel for launch in launched} >= {"attend", "_choose", "_match", "_scan", "_merge", "_prepare"}
+    assert {launch.kernel for launch in launched} >= {
+        "attend",
+        "_choose_kernel",
+        "_match_kernel",
+        "_scan",
+        "_merge",
+        "_prepare",
+    }
     assert launched <= warm, sorted(launched - warm)

@@ -8,7 +8,7 @@ rows that didn't know the bonus. What counts is how often drafts of such a confi
 
 Greedy and sampled requests are counted apart. A request whose drafts are rejected more, or less, often than that has
 its chances of rejection multiplied by (seen rejections + n) / (expected rejections + n). From these follow P(exactly a
-accepted) and P(bonus c | a), which is what `kernels.hypotheses.choose` asks for.
+accepted) and P(bonus c | a), which is what `kernels.choose` asks for.
 
 Everything is a small tensor of fixed shape on the device and nothing is read back, so a captured graph may hold it.
 """
