@@ -62,7 +62,7 @@ def _likeliest() -> tuple[Tensors, Launch]:
 
 
 def _hypotheses() -> tuple[Tensors, Launch]:
-    block, count = 4, 3
+    block, num_hypotheses = 4, 3
     given = {
         "anchor_position": torch.tensor([20, 10, 30, 0]),
         "accepted": torch.tensor([[-1, 0, 1, 2], [0, 1, -2, 2], [2, 0, -1, 1], [0, 0, 0, 0]]),
@@ -70,9 +70,9 @@ def _hypotheses() -> tuple[Tensors, Launch]:
         "idx_mapping": torch.tensor([1, 0, 2]),
         "query_start_loc": torch.tensor([0, 3, 6, 9], dtype=torch.int32),
         "positions": torch.tensor([10, 11, 12, 20, 21, 22, 30, 31, 32]),
-        "input_ids": torch.full((REQS, count, block), -7),
-        "places": torch.full((REQS, count, block), -7),
-        "prefix_lengths": torch.full((REQS, count), -7, dtype=torch.int32),
+        "input_ids": torch.full((REQS, num_hypotheses, block), -7),
+        "places": torch.full((REQS, num_hypotheses, block), -7),
+        "prefix_lengths": torch.full((REQS, num_hypotheses), -7, dtype=torch.int32),
     }
 
     def launch(t: Tensors) -> None:
@@ -80,7 +80,7 @@ def _hypotheses() -> tuple[Tensors, Launch]:
         prepare_hypotheses.launch(
             REQS,
             prepare_hypotheses.Remembered(*parts[:3]),
-            prepare_hypotheses.Verified(*parts[3:6]),
+            prepare_hypotheses.VerifyBatch(*parts[3:6]),
             prepare_hypotheses.HypothesisBlocks(*parts[6:]),
             99,
             100,
@@ -112,7 +112,7 @@ def _blocks() -> tuple[Tensors, Launch]:
         parts = list(t.values())
         tables = prepare_block.link_tables([t["source"]], [t["target"]], [8])
         rows = prepare_block.BlockRows(*parts[8:12], tables)
-        prepare_block.prepare_blocks(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
+        prepare_block.launch(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
 
     return given, launch
 

@@ -112,8 +112,9 @@ def test_every_step_launches_what_was_warmed_up(
         "attend",
         "_choose_kernel",
         "_match_kernel",
-        "_scan",
-        "_merge",
-        "_prepare",
+        "_scan_kernel",
+        "_merge_scans_kernel",
+        "_prepare_blocks_kernel",
+        "_prepare_hypotheses_kernel",
     }
     assert launched <= warm, sorted(launched - warm)

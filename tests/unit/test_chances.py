@@ -48,10 +48,10 @@ def worth(chosen: list[tuple[int, int]], request: int, given_problem: Problem) -
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
-def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, count: int, seed: int) -> None:
+def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, num_hypotheses: int, seed: int) -> None:
     given_problem = problem(2, drafts, ranks, seed)
     *_, candidates, tokens, anchors, _ = given_problem
-    chosen = choose.naive(*given_problem, VALUES, count)
+    chosen = choose.naive(*given_problem, VALUES, num_hypotheses)
     for request in range(2):
         every = [(-1, int(anchors[request]))]
         every += [(a, int(tokens[request, a])) for a in range(drafts)]
@@ -72,13 +72,13 @@ def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, count: int, s
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
-def test_match_is_the_newest_hypothesis_that_came_true(reqs: int, drafts: int, count: int, seed: int) -> None:
+def test_match_is_the_newest_hypothesis_that_came_true(reqs: int, drafts: int, num_hypotheses: int, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
 
     def random(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=gen)
 
-    hypotheses = Hypotheses(random(NONE, drafts + 1, reqs, count), random(0, 3, reqs, count))
+    hypotheses = Hypotheses(random(NONE, drafts + 1, reqs, num_hypotheses), random(0, 3, reqs, num_hypotheses))
     tokens, num_sampled = random(0, 3, reqs, drafts), random(0, drafts + 2, reqs)
     last, offset = random(0, 3, reqs), random(0, 9, reqs)
     found = match_outcome(hypotheses, tokens, num_sampled, last, offset)
@@ -218,9 +218,9 @@ def test_nothing_is_learnt_where_nothing_was_judged(num_sampled: int, real: int)
     assert all((table == 0).all() for table in (*after, *own))
 
 
-@pytest.mark.parametrize("count", [1, 2, 16])
-def test_block_values_fall_and_end(count: int) -> None:
-    values = chances.block_values(16, 15, count)
+@pytest.mark.parametrize("num_hypotheses", [1, 2, 16])
+def test_block_values_fall_and_end(num_hypotheses: int) -> None:
+    values = chances.block_values(16, 15, num_hypotheses)
     assert values[0] == 1
     assert (values[1:] < values[:-1])[:15].all()
     assert (values[15:] == 0).all(), "past its taught rows a block gives nothing"

@@ -78,33 +78,33 @@ def draft_count(offset: Tensor, num_drafts: int, drafting_rows: int) -> Tensor:
     return (drafting_rows - offset).clamp(0, num_drafts)
 
 
-def block_values(block: int, drafting_rows: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def block_values(block: int, drafting_rows: int, num_hypotheses: int, device: torch.device | str = "cpu") -> Tensor:
     """[block + 1] relative worth of drafting from row `offset` of a block on: V(0) = 1, falling geometrically.
 
     Not measured online: blocks are used at large offsets where text is easy, which makes them look good. A tail costs a
     step of weak drafts, unless nothing but tails can be had: with a single hypothesis, farsighted ones win.
     """
     offsets = torch.arange(block + 1, device=device)
-    bonus_unknown = 1.0 if count == 1 else 0.9
+    bonus_unknown = 1.0 if num_hypotheses == 1 else 0.9
     values = torch.where(offsets == 0, 1.0, bonus_unknown * 0.9**offsets)
     return torch.where(offsets < drafting_rows, values, 0)
 
 
-def describe_drafts(said: Probable, tokens: Tensor, count: Tensor, offset: Tensor, block: int) -> Drafts:
+def describe_drafts(said: Probable, tokens: Tensor, num_drafts: Tensor, offset: Tensor, block: int) -> Drafts:
     """From what the drafts' rows and the row behind them say, at the request's temperature.
 
     The draft itself cannot be the bonus at its place: where it is rejected, the residual max(p - q, 0) is zero on it.
     """
     places = torch.arange(said.tokens.shape[1], device=tokens.device)
-    real = places[:-1] < count[:, None]
+    real = places[:-1] < num_drafts[:, None]
     drafted = torch.cat((torch.where(real, tokens, -1), torch.full_like(tokens[:, :1], -1)), dim=1)  # [R, K+1]
     share = torch.where(said.tokens == drafted[..., None], -1, said.probability)
     share, order = share.topk(share.shape[2] - 1, dim=-1)  # [R, K+1, C]
     found = said.tokens.gather(2, order)
     left = torch.cat((1 - torch.where(real, said.confidence, 0), torch.ones_like(said.probability[:, :1, 0])), dim=1)
     share = (share / left.clamp(min=1e-6)[..., None]).clamp(max=1)
-    inside = (offset[:, None] + places < block) & (places <= count[:, None])  # the place has a row that speaks of it
-    return Drafts(tokens, count, offset, said.confidence, found, torch.where(inside[..., None], share, 0))
+    inside = (offset[:, None] + places < block) & (places <= num_drafts[:, None])  # the place has a row
+    return Drafts(tokens, num_drafts, offset, said.confidence, found, torch.where(inside[..., None], share, 0))
 
 
 def accept_chances(calibration: Calibration, drafts: Drafts, sampled: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.view import DiffusionView
 from vllm_orthrus.engine.vllm import CUDAGraphMode, DefaultModelState, InputBatch, ModelConfig
 from vllm_orthrus.engine.warmup import attend_to_nothing
-from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Verified, prepare_hypotheses
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, VerifyBatch, prepare_hypotheses
 
 
 class HypothesisRows(NamedTuple):
@@ -107,7 +107,7 @@ class OnePass:
         prepare_hypotheses(
             num_reqs,
             self.state.remembered(),
-            Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
+            VerifyBatch(batch.idx_mapping, batch.query_start_loc, batch.positions),
             HypothesisBlocks(
                 views.input_ids.view(by_block), views.positions.view(by_block), views.blocks.prefix_lengths
             ),
