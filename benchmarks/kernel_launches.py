@@ -13,7 +13,6 @@ from triton.backends.compiler import GPUTarget
 from vllm_orthrus.engine.settings import MAX_PASS_ROWS, DraftShape
 from vllm_orthrus.kernels import (
     choose,
-    dual_view_device,
     hypotheses,
     match,
     most_probable,
@@ -154,8 +153,8 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     )
     # Queries and keys come out of norm and rotation, values straight out of the projection of all three.
     projected = empty(rows, heads + 2 * kv_heads, shape.head_dim, dtype=dtype)
-    with recorded(dual_view_device, "attend", "merge") as calls:
-        attention.dual_view_attention(
+    with recorded(attention, "_attend_kernel", "_merge_kernel") as calls:
+        attention.launch(
             empty(rows, heads, shape.head_dim, dtype=dtype),
             empty(rows, kv_heads, shape.head_dim, dtype=dtype),
             projected[:, heads + kv_heads :],

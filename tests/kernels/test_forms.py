@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_orthrus.kernels import choose, match, most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels import choose, dual_view_attention, match, most_probable, prepare_block, prepare_hypotheses
 from vllm_orthrus.kernels.forms import SETTING, wanted_form
 
 OPERATORS = {
     "choose_hypotheses": choose,
+    "dual_view_attention": dual_view_attention,
     "match_outcome": match,
     "most_probable": most_probable,
     "prepare_blocks": prepare_block,
     "prepare_hypotheses": prepare_hypotheses,
 }
-ON_THE_KERNEL_PATH = ("prepare_blocks",)  # chosen by orthrus_attention, on a CPU too
+ON_THE_KERNEL_PATH = ("dual_view_attention", "prepare_blocks")  # chosen by orthrus_attention, on a CPU too
 
 
 @pytest.mark.parametrize("name", OPERATORS)

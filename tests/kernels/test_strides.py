@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels import choose, match, most_probable, prepare_block, prepare_hypotheses
-from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification, dual_view_attention
+from vllm_orthrus.kernels import choose, dual_view_attention, match, most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification
 from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 Tensors = dict[str, Tensor]
@@ -144,7 +144,8 @@ def _attention() -> tuple[Tensors, Launch]:
     def launch(t: Tensors) -> None:
         cache = PagedCache(t["keys"], t["values"], t["table"], page, t["k_scale"], t["v_scale"])
         rows = Verification(t["verify_q"], t["verify_lengths"], verified, t["verify_out"], t["verify_starts"])
-        dual_view_attention(t["q"], t["k"], t["v"], cache, t["prefix_lengths"], 0.25, out=t["out"], verification=rows)
+        given = (t["q"], t["k"], t["v"], cache, t["prefix_lengths"])
+        dual_view_attention.launch(*given, 0.25, out=t["out"], verification=rows)
 
     return given, launch
 

@@ -109,7 +109,7 @@ def test_every_step_launches_what_was_warmed_up(
             engine.run(prompts(count, shortest=7), 5)
     launched = recorder.take()
     assert {launch.kernel for launch in launched} >= {
-        "attend",
+        "_attend_kernel",
         "_choose_kernel",
         "_match_kernel",
         "_scan_kernel",
