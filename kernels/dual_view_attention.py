@@ -255,6 +255,7 @@ def _attend_kernel(
     TILE_C: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    DIM: tl.constexpr = SHAPE.dim  # in a list of sizes, older Tritons take no field of a tuple
     # Tiles of the same stretch of prefix run next to each other, so that the L2 cache serves all but the first.
     tile = tl.program_id(0) % NUM_TILES
     kv_head = tl.program_id(0) // NUM_TILES
@@ -285,7 +286,7 @@ def _attend_kernel(
 
     m = tile * TILE_M + tl.arange(0, TILE_M)
     head = kv_head * SHAPE.groups + m % SHAPE.groups  # [TILE_M]
-    dims = tl.arange(0, SHAPE.dim)
+    dims = tl.arange(0, DIM)
     q_at = fresh.q + (place.to(tl.int64) * fresh.q_row + head * fresh.q_head)[:, None] + dims[None, :]
     q = tl.load(q_at, mask=in_block[:, None], other=0.0)  # [TILE_M, dim]
     if SHAPE.verify > 0:
@@ -293,7 +294,7 @@ def _attend_kernel(
         q_at = fresh.verify_q + q_at[:, None] + dims[None, :]
         q = tl.where(verifies[:, None], tl.load(q_at, mask=verifies[:, None], other=0.0), q)
 
-    acc = tl.zeros([TILE_M, SHAPE.dim], tl.float32)
+    acc = tl.zeros([TILE_M, DIM], tl.float32)
     top = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
 
@@ -350,7 +351,7 @@ def _attend_kernel(
     else:
         at = (req * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * splits + split
         at = at * TILE_M + tl.arange(0, TILE_M)
-        tl.store(out.partial + at[:, None] * SHAPE.dim + dims[None, :], result)
+        tl.store(out.partial + at[:, None] * DIM + dims[None, :], result)
         tl.store(out.lse + at, tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")))
 
 
@@ -482,15 +483,16 @@ def _merge_kernel(
     TILE_S: tl.constexpr,
 ):
     """out = sum over splits of 2^lse partial / sum over splits of 2^lse, for TILE_R rows of one tile."""
+    DIM: tl.constexpr = SHAPE.dim  # in a list of sizes, older Tritons take no field of a tuple
     group = tl.program_id(0)
     kv_head = tl.program_id(1)
     req = tl.program_id(2)
     _, place, _, in_block, verifies = _tile_rows(req, group, rows, SHAPE, TILE_R)
     tile = (req * tl.num_programs(1) + kv_head) * NUM_TILES + group * TILE_R // TILE_M
     in_tile = group * TILE_R % TILE_M + tl.arange(0, TILE_R)  # [TILE_R]
-    dims = tl.arange(0, SHAPE.dim)
+    dims = tl.arange(0, DIM)
     holding = tl.load(out.active + tile)
-    acc = tl.zeros([TILE_R, SHAPE.dim], tl.float32)
+    acc = tl.zeros([TILE_R, DIM], tl.float32)
     top = tl.full([TILE_R], float("-inf"), tl.float32)
     total = tl.zeros([TILE_R], tl.float32)
     for at in range(0, holding, TILE_S):
@@ -498,7 +500,7 @@ def _merge_kernel(
         stored = (tile.to(tl.int64) * splits + split)[:, None] * TILE_M + in_tile[None, :]  # [TILE_S, TILE_R]
         exists = (split < holding)[:, None]
         weight = tl.load(out.lse + stored, mask=exists, other=float("-inf"))
-        part_at = out.partial + stored[:, :, None] * SHAPE.dim + dims[None, None, :]
+        part_at = out.partial + stored[:, :, None] * DIM + dims[None, None, :]
         part = tl.load(part_at, mask=exists[:, :, None], other=0.0)
         new_top = tl.maximum(top, tl.max(weight, 0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)

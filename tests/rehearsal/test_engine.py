@@ -9,6 +9,7 @@ import pytest
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
 from tests.rehearsal.launches import Launch, Recorder
+from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
 from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
@@ -87,6 +88,23 @@ def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypat
     faulty = greedily(start_form("triton", passes))
     assert faulty.tokens == expected[0].tokens, "drafts never change the text"
     assert faulty.one_pass != expected[0].one_pass
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("verification", ["backend", "fused"])
+def test_the_kernel_path_has_twins_too(
+    verification: str, start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen by name, and then told to do without Triton: to find out whether a kernel is to blame."""
+    os.environ[SETTING] = "torch"
+    settings = ROWS | {"orthrus_attention": "kernel", "orthrus_verification": verification}
+    expected = greedily(start(one_pass(tiny.block_head, **ROWS), max_num_seqs=5))
+    with Recorder().recording(monkeypatch) as recorder:
+        engine = start(one_pass(tiny.block_head, **settings), max_num_seqs=5)
+        assert isinstance(engine.runner.speculator.attention, KernelAttention)
+        assert not engine.runner.speculator.attention.supports_graphs
+        assert greedily(engine) == expected
+    assert not recorder.take()
 
 
 @pytest.mark.usefixtures("form")
