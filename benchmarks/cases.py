@@ -13,13 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels.dual_view_attention import (
-    PagedCache,
-    Verification,
-    dual_view_attention,
-    naive,
-)
-from vllm_orthrus.kernels.dual_view_plan import Tiles, make_plan
+from vllm_orthrus.kernels import dual_view_attention as dual_view
+from vllm_orthrus.kernels.dual_view_attention import PagedCache, Tiles, Verification, make_plan
 
 # Outermost to innermost: layer, block (page), head, slot N, content (key then value).
 LAYOUTS = ("LBNHC", "LBHNC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
@@ -171,7 +166,7 @@ def _cache(
     return PagedCache(keys, values, table.to(device), block_size, *scales)
 
 
-def launch(inputs: Inputs, case: Case, attention: Callable[..., Tensor] = dual_view_attention) -> None:
+def launch(inputs: Inputs, case: Case, attention: Callable[..., Tensor] = dual_view.launch) -> None:
     heads, dim = inputs.q.shape[1:]
     rows = case.verify + case.blocks * case.width
     cache = inputs.cache
@@ -197,13 +192,15 @@ def launch(inputs: Inputs, case: Case, attention: Callable[..., Tensor] = dual_v
 
 def judge(inputs: Inputs, case: Case) -> Verdict:
     """Compare what a launch left in the outputs with `naive` in float64 on the same inputs."""
-    verdict = Verdict()
-    expected, verified = naive(
-        inputs.q, inputs.k, inputs.v, inputs.cache, inputs.prefix_lengths, inputs.scale, inputs.verification
-    )
+    verdict, verification = Verdict(), inputs.verification
+    if verification is not None:
+        verification = verification._replace(out=torch.zeros_like(verification.q, dtype=torch.float64))
+    expected = torch.empty_like(inputs.q, dtype=torch.float64)
+    given = (inputs.q, inputs.k, inputs.v, inputs.cache, inputs.prefix_lengths, inputs.scale)
+    dual_view.naive(*given, out=expected, verification=verification)
     pairs = [("block rows", inputs.out, expected, inputs.out_margin)]
-    if inputs.verification is not None and verified is not None and inputs.verify_margin is not None:
-        pairs.append(("verification rows", inputs.verification.out, verified, inputs.verify_margin))
+    if inputs.verification is not None and verification is not None and inputs.verify_margin is not None:
+        pairs.append(("verification rows", inputs.verification.out, verification.out, inputs.verify_margin))
     tolerance = TOLERANCE[case.dtype]
     for name, found, wanted, margin in pairs:
         if not found.numel():
@@ -229,7 +226,7 @@ def judge(inputs: Inputs, case: Case) -> Verdict:
 
 
 def check(
-    case: Case, device: torch.device | str = "cpu", attention: Callable[..., Tensor] = dual_view_attention
+    case: Case, device: torch.device | str = "cpu", attention: Callable[..., Tensor] = dual_view.launch
 ) -> Verdict:
     inputs = build(case, device)
     launch(inputs, case, attention)

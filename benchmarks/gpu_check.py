@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import LAYOUTS, Case, check
 from benchmarks.evidence import Evidence, default_path, environment
-from vllm_orthrus.kernels.dual_view_attention import PagedCache, dual_view_attention, make_plan
+from vllm_orthrus.kernels.dual_view_attention import PagedCache, launch, make_plan
 
 DEVICE = "cuda"
 HALF = torch.bfloat16
@@ -181,7 +181,7 @@ class Setting:
         self.plan = plan
         caches = [PagedCache(keys, values, table, PAGE) for table in self.tables]
         return [
-            lambda cache=cache: dual_view_attention(  # type: ignore[misc]
+            lambda cache=cache: launch(  # type: ignore[misc]
                 self.q, self.k, self.v, cache, self.lengths, self.scale, self.out, plan
             )
             for cache in caches

@@ -11,15 +11,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from vllm_orthrus.engine.settings import MAX_PASS_ROWS, DraftShape
-from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels import (
-    dual_view_device,
+    choose,
     hypotheses,
-    hypotheses_device,
+    match,
     most_probable,
     prepare_block,
     prepare_hypotheses,
 )
+from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels.dual_view_plan import Target
 from vllm_orthrus.policy import chances
 
@@ -153,8 +153,8 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     )
     # Queries and keys come out of norm and rotation, values straight out of the projection of all three.
     projected = empty(rows, heads + 2 * kv_heads, shape.head_dim, dtype=dtype)
-    with recorded(dual_view_device, "attend", "merge") as calls:
-        attention.dual_view_attention(
+    with recorded(attention, "_attend_kernel", "_merge_kernel") as calls:
+        attention.launch(
             empty(rows, heads, shape.head_dim, dtype=dtype),
             empty(rows, kv_heads, shape.head_dim, dtype=dtype),
             projected[:, heads + kv_heads :],
@@ -170,7 +170,7 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
 def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     """What surrounds the forwards of so many requests with the released heads."""
     int32, float32, shape = torch.int32, torch.float32, RELEASED
-    slots, room, count = shape.max_num_reqs, shape.at_once, shape.num_hypotheses(num_reqs)
+    slots, room, num_hypotheses = shape.max_num_reqs, shape.at_once, shape.num_hypotheses(num_reqs)
     batch = prepare_block.BatchState(
         empty(num_reqs), empty(num_reqs + 1, dtype=int32), empty(8192), empty(num_reqs, dtype=int32),
         empty(num_reqs, dtype=int32), empty(slots, 1), empty(1, slots, dtype=int32),
@@ -180,33 +180,36 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     rows = prepare_block.BlockRows(
         empty(room, shape.block), empty(room, shape.block), empty(room, dtype=int32), empty(room, shape.drafts), tables
     )
-    with recorded(prepare_block, "_prepare") as prepare:
-        prepare_block.prepare_blocks(empty(num_reqs), batch, rows, shape.mask_token_id, MAX_MODEL_LEN, None, -1)
+    with recorded(prepare_block, "_prepare_blocks_kernel") as prepare:
+        prepare_block.launch(empty(num_reqs), batch, rows, shape.mask_token_id, MAX_MODEL_LEN, None, -1)
     accepted, token = (empty(slots + 1, shape.hypotheses) for _ in range(2))
     remembered = prepare_hypotheses.Remembered(empty(slots + 1), accepted, token)
     blocks = prepare_hypotheses.HypothesisBlocks(
-        empty(num_reqs, count, shape.block), empty(num_reqs, count, shape.block), empty(num_reqs, count, dtype=int32)
+        empty(num_reqs, num_hypotheses, shape.block),
+        empty(num_reqs, num_hypotheses, shape.block),
+        empty(num_reqs, num_hypotheses, dtype=int32),
     )
-    with recorded(prepare_hypotheses, "_prepare") as ride_along:
+    with recorded(prepare_hypotheses, "_prepare_hypotheses_kernel") as ride_along:
         prepare_hypotheses.launch(
             num_reqs,
             remembered,
-            prepare_hypotheses.Verified(*batch[:3]),
+            prepare_hypotheses.VerifyBatch(*batch[:3]),
             blocks,
             shape.mask_token_id,
             MAX_MODEL_LEN,
         )
     drafts = empty(num_reqs, shape.drafts)
-    with recorded(most_probable, "_scan", "_merge") as look:
+    with recorded(most_probable, "_scan_kernel", "_merge_scans_kernel") as look:
         logits = empty(num_reqs, shape.verified, VOCABULARY, dtype=torch.bfloat16)
         most_probable.launch(logits, drafts, empty(num_reqs, dtype=float32), chances.LOOKED_AT)
     places, ranks = (num_reqs, shape.verified), (num_reqs, shape.verified, chances.CANDIDATES)
     likely = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
     offset, anchors = empty(num_reqs), rows.input_ids[:num_reqs, 0]
     values = empty(shape.block + 1, dtype=float32)
-    with recorded(hypotheses_device, "_choose", "_match") as judge:
-        hypotheses.choose_device(*likely, drafts, anchors, offset, values, shape.hypotheses)
-        judged = hypotheses.Hypotheses(empty(num_reqs, count), empty(num_reqs, count))
-        hypotheses.match_device(judged, drafts, empty(num_reqs), anchors, offset)
+    with recorded(choose, "_choose_kernel") as chosen:
+        choose.launch(*likely, drafts, anchors, offset, values, shape.hypotheses)
+    with recorded(match, "_match_kernel") as matched:
+        judged = hypotheses.Hypotheses(*(empty(num_reqs, num_hypotheses) for _ in range(2)))
+        match.launch(judged, drafts, empty(num_reqs), anchors, offset)
     names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
-    return dict(zip(names, (*prepare, *ride_along, *look, *judge), strict=True))
+    return dict(zip(names, (*prepare, *ride_along, *look, *chosen, *matched), strict=True))

@@ -52,12 +52,15 @@ TYPES = {
 }
 
 
+Place = tuple[int, ...]  # of an argument, and inside it where it is a tuple
+
+
 class Source(NamedTuple):
     """What the just-in-time compiler would make of a launch, all pointers being aligned."""
 
-    signature: dict[str, str]
-    constants: dict[tuple[int], Any]
-    hints: dict[tuple[int], list[list[Any]]]
+    signature: dict[str, Any]  # types by name, those of a tuple in a tuple
+    constants: dict[Place, Any]
+    hints: dict[Place, list[list[Any]]]
     options: dict[str, Any]
 
 
@@ -90,24 +93,28 @@ class Report(NamedTuple):
 
 
 def source_of(call: Call, gpu: Gpu) -> Source:
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    hints: dict[tuple[int], list[list[Any]]] = {}
-    for index, parameter in enumerate(call.kernel.params):
-        value = call.arguments[parameter.name]
-        kind = "constexpr"
+    constants: dict[Place, Any] = {}
+    hints: dict[Place, list[list[Any]]] = {}
+
+    def kind_of(value: Any, place: Place, constant: bool, specialized: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            return type(value)(*(kind_of(part, (*place, at), False, specialized) for at, part in enumerate(value)))
         if isinstance(value, Tensor):
-            kind = "*" + TYPES[value.dtype]
-            hints[index,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif isinstance(value, int) and not parameter.is_constexpr and (value != 1 or parameter.do_not_specialize):
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                hints[index,] = [["tt.divisibility", 16]]
-        else:
-            constants[index,] = value
-        signature[parameter.name] = kind
+            hints[place] = [["tt.divisibility", 16]]
+            return "*" + TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int) and not constant and (value != 1 or not specialized):
+            if value % 16 == 0 and specialized:
+                hints[place] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        constants[place] = value
+        return "constexpr"
+
+    signature = {
+        one.name: kind_of(call.arguments[one.name], (at,), one.is_constexpr, not one.do_not_specialize)
+        for at, one in enumerate(call.kernel.params)
+    }
     known = ("num_warps", "num_stages") + (("maxnreg",) if gpu.compile_for.backend == "cuda" else ())
     return Source(signature, constants, hints, {name: call.arguments[name] for name in known if name in call.arguments})
 
@@ -130,7 +137,7 @@ def forms(shapes: Iterable[Shape], batches: Iterable[int], gpu: Gpu, fp8: bool) 
         for cache_dtype in [torch.bfloat16] + [gpu.fp8] * (fp8 and shape.fp8):
             calls, plan = attention_launches(shape, gpu, cache_dtype)
             for call in calls:
-                name = call.kernel.__name__
+                name = call.kernel.__name__.removeprefix("_").removesuffix("_kernel")
                 if name == "merge" and cache_dtype != torch.bfloat16:  # it never sees the cache
                     continue
                 one = form(name, shape.name, TYPES[cache_dtype] if name == "attend" else "-", call)

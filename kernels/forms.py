@@ -17,6 +17,7 @@ def wanted_form() -> Form:
     return cast(Form, form)
 
 
-def runs_triton(device: torch.device) -> bool:
+def runs_triton(device: torch.device, chosen: bool = False) -> bool:
+    """chosen: a setting has picked this kernel over other ways, on a CPU too. Then only "torch" runs its twin."""
     form = wanted_form()
-    return device.type != "cpu" if form == "auto" else form == "triton"
+    return (chosen or device.type != "cpu") if form == "auto" else form == "triton"

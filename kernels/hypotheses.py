@@ -1,4 +1,4 @@
-"""Which draft blocks ride along with a verification, and which of them its outcome has made useful.
+"""Which draft blocks a verification carries, and which of them its outcome makes useful.
 
 A request's known anchor stands at position p, its drafts d1..dn behind it. A **hypothesis** (a, c) says "position p+a+1
 holds token c" and stands for the block [c, MASK, ...] at p+a+1 with the prefix p+a+1:
@@ -15,17 +15,14 @@ accepted, P(c | a) that of the bonus and V(offset) the worth of drafting from su
 
     sum_a P(a) * (covered_a * V(0) + (1 - covered_a) * V(smallest usable offset after a)),   covered_a = sum of P(c | a)
 
-and `choose` takes one hypothesis of greatest gain after another.
+choose.py takes one hypothesis of greatest gain after another, and match.py finds the newest usable one.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from vllm_orthrus.kernels.forms import runs_triton
 
 NONE = -2  # in Hypotheses.accepted: no block
 
@@ -37,126 +34,6 @@ class Hypotheses(NamedTuple):
     token: Tensor  # [R, H] int64
 
 
-class Match(NamedTuple):
-    which: Tensor  # [R] int64, the newest usable hypothesis; -1: none, the block at hand stays
-    offset: Tensor  # [R] int64, the row of the block that predicts what follows the bonus; 0: hit
-
-
-def choose_hypotheses(
-    outcome: Tensor,
-    bonus: Tensor,
-    candidates: Tensor,
-    drafts: Tensor,
-    anchors: Tensor,
-    offset: Tensor,
-    values: Tensor,
-    count: int,
-) -> Hypotheses:
-    """The `count` hypotheses of each request. One launch, or the twin; arguments as for `choose_naive`."""
-    choose = choose_device if runs_triton(drafts.device) else choose_naive
-    return choose(outcome, bonus, candidates, drafts, anchors, offset, values, count)
-
-
-def match_outcome(
-    hypotheses: Hypotheses, drafts: Tensor, num_sampled: Tensor, last_sampled: Tensor, offset: Tensor
-) -> Match:
-    """What an outcome has made useful. One launch, or the twin; arguments as for `match_naive`."""
-    match = match_device if runs_triton(drafts.device) else match_naive
-    return match(hypotheses, drafts, num_sampled, last_sampled, offset)
-
-
-def choose_device(
-    outcome: Tensor,
-    bonus: Tensor,
-    candidates: Tensor,
-    drafts: Tensor,
-    anchors: Tensor,
-    offset: Tensor,
-    values: Tensor,
-    count: int,
-) -> Hypotheses:
-    from vllm_orthrus.kernels.hypotheses_device import launch_choose
-
-    accepted, token = (torch.empty(len(drafts), count, dtype=torch.int64, device=drafts.device) for _ in range(2))
-    launch_choose(outcome, bonus, candidates, drafts, anchors, offset, values, accepted, token)
-    return Hypotheses(accepted, token)
-
-
-def match_device(
-    hypotheses: Hypotheses, drafts: Tensor, num_sampled: Tensor, last_sampled: Tensor, offset: Tensor
-) -> Match:
-    from vllm_orthrus.kernels.hypotheses_device import launch_match
-
-    which, behind = (torch.empty(len(drafts), dtype=torch.int64, device=drafts.device) for _ in range(2))
-    launch_match(*hypotheses, drafts, num_sampled, last_sampled, offset, which, behind)
-    return Match(which, behind)
-
-
-def choose_naive(
-    outcome: Tensor,
-    bonus: Tensor,
-    candidates: Tensor,
-    drafts: Tensor,
-    anchors: Tensor,
-    offset: Tensor,
-    values: Tensor,
-    count: int,
-) -> Hypotheses:
-    """outcome [R, K+1]: P(exactly a drafts accepted), 0 beyond a request's own drafts; bonus [R, K+1, C]: P(c | a) of
-    candidates [R, K+1, C], never the draft itself; drafts [R, K]; anchors [R]; offset [R]: row of the block at hand
-    that gave the first draft; values [O]: V, never rising.
-
-    Requests whose chances are NaN or zero get no blocks.
-    """
-    reqs, places = outcome.shape  # R, K+1
-    ranks = bonus.shape[2]
-    a = torch.arange(places, device=outcome.device)
-    # Place j = 0..K is the anchor, d1, .., dK. The block standing there is hypothesis (j - 1, .), usable where a >= j.
-    distance = a - a[:, None] + 1  # [K+1 (j), K+1 (a)] its offset after outcome a
-    anchored = torch.where(distance > 0, _value(values, distance), 0)
-    tokens = torch.cat((anchors[:, None], drafts), dim=1)  # [R, K+1]
-    uncovered = outcome  # [R, K+1] P(a), without the bonuses that have their exact block
-    pairs = outcome[..., None] * bonus  # [R, K+1, C] P(a, c), 0 once chosen
-    tail = _value(values, offset[:, None] + 1 + a)  # [R, K+1] V of the newest usable block, at first the one at hand
-
-    accepted, token = [], []
-    for _ in range(count):
-        tail_gain = _positive(uncovered[:, None] * (anchored - tail[:, None]).clamp(min=0)).sum(2)  # [R, K+1 (j)]
-        exact_gain = _positive(pairs * (values[0] - tail)[..., None]).flatten(1)  # [R, (K+1) * C]
-        place, pair = tail_gain.argmax(1, keepdim=True), exact_gain.argmax(1, keepdim=True)  # [R, 1]
-        best_tail, best_exact = tail_gain.gather(1, place), exact_gain.gather(1, pair)
-        exact = best_exact > best_tail
-        some = torch.maximum(best_exact, best_tail) > 0
-        accepted.append(torch.where(some, torch.where(exact, pair // ranks, place - 1), NONE))
-        chosen = torch.where(exact, candidates.flatten(1).gather(1, pair), tokens.gather(1, place))
-        token.append(torch.where(some, chosen, 0))
-
-        taken = exact & (torch.arange(places * ranks, device=a.device) == pair)  # [R, (K+1) * C]
-        taken = taken.view(reqs, places, ranks)
-        uncovered = (uncovered - torch.where(taken, pairs, 0).sum(2)).clamp(min=0)
-        pairs = torch.where(taken, 0, pairs)
-        tail = torch.where(exact, tail, torch.maximum(tail, anchored[place[:, 0]]))
-    return Hypotheses(torch.cat(accepted, 1), torch.cat(token, 1))
-
-
-def match_naive(
-    hypotheses: Hypotheses, drafts: Tensor, num_sampled: Tensor, last_sampled: Tensor, offset: Tensor
-) -> Match:
-    """drafts [R, K] as verified; num_sampled [R]: accepted drafts plus the bonus; last_sampled [R]: the bonus.
-
-    offset [R] of those drafts in the block at hand. Where nothing was sampled, nothing is usable and the offset stays.
-    """
-    accepted = num_sampled[:, None] - 1  # [R, 1] a*
-    true_token = drafts.gather(1, hypotheses.accepted.clamp(0, drafts.shape[1] - 1))  # [R, H] where a < a*
-    true_token = torch.where(hypotheses.accepted == accepted, last_sampled[:, None], true_token)
-    told = (hypotheses.accepted >= 0) & (hypotheses.accepted <= accepted) & (true_token == hypotheses.token)
-    usable = (told | (hypotheses.accepted == -1)) & (accepted >= 0)
-    newest, which = torch.where(usable, hypotheses.accepted, NONE).max(1)
-    found = newest > NONE
-    behind = torch.where(found, num_sampled - 1 - newest, offset + num_sampled)
-    return Match(torch.where(found, which, -1), behind)
-
-
 def count_covered(hypotheses: Hypotheses, drafts: Tensor, real: Tensor, accepted: Tensor) -> Tensor:
     """[R] bool: some hypothesis was an exact block after `accepted` [R] of the `real` [R] drafts [R, K].
 
@@ -166,11 +43,3 @@ def count_covered(hypotheses: Hypotheses, drafts: Tensor, real: Tensor, accepted
     at = accepted.clamp(0, drafts.shape[1] - 1)[:, None]
     other = (hypotheses.token != drafts.gather(1, at)) | (accepted >= real)[:, None]
     return ((hypotheses.accepted == accepted[:, None]) & other).any(1)
-
-
-def _value(values: Tensor, offset: Tensor) -> Tensor:
-    return values[offset.clamp(0, len(values) - 1)]
-
-
-def _positive(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 0)  # drops NaN, too

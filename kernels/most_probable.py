@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""What the rows of a draft say, from one reading of their logits: the likeliest tokens, and how likely the draft was.
+"""The likeliest tokens of a draft's rows and how likely each draft was, from one reading of their logits.
 
     probability = softmax(logits / temperature)      temperature 0: as if it were 1
     likeliest   = the `count` largest, in order
@@ -31,7 +31,7 @@ class Probable(NamedTuple):
 
 
 def most_probable(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
-    """logits [R, K+1, V]; drafts [R, K]; temperature [R]. Two launches, or the twin."""
+    """logits [R, K+1, V]; drafts [R, K]; temperature [R]."""
     form = launch if runs_triton(logits.device) else naive
     return form(logits, drafts, temperature, count)
 
@@ -42,7 +42,7 @@ def naive(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Pr
 
 
 def from_probabilities(probabilities: Tensor, drafts: Tensor, count: int) -> Probable:
-    """probabilities [R, K+1, V]."""
+    """The same where probabilities [R, K+1, V] are known."""
     probability, tokens = probabilities.topk(min(count, probabilities.shape[2]), dim=-1)
     return Probable(probabilities[:, :-1].gather(2, drafts[..., None]).squeeze(2), tokens, probability)
 
@@ -52,14 +52,12 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
     require_packed(logits=logits, drafts=drafts, temperature=temperature)
     count = min(count, vocabulary)
     stretches = triton.cdiv(vocabulary, stretch)
-    rows, device = (
-        logits.flatten(0, 1),
-        logits.device,
-    )  # [R * (K+1), V]; rows may lie apart, as a padded vocabulary's do
+    rows = logits.flatten(0, 1)  # [R * (K+1), V], which may lie apart, as those of a padded vocabulary do
+    device = logits.device
     largest, sums = (torch.empty(len(rows), stretches, dtype=torch.float32, device=device) for _ in range(2))
     values = torch.empty(len(rows), stretches, count, dtype=torch.float32, device=device)
     found = torch.empty(len(rows), stretches, count, dtype=torch.int32, device=device)
-    _scan[(len(rows), stretches)](
+    _scan_kernel[(len(rows), stretches)](
         rows,
         rows.stride(0),
         temperature,
@@ -79,7 +77,7 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
         torch.empty(reqs, places, count, dtype=torch.int64, device=device),
         torch.empty(reqs, places, count, dtype=torch.float32, device=device),
     )
-    _merge[(len(rows),)](
+    _merge_scans_kernel[(len(rows),)](
         rows,
         rows.stride(0),
         temperature,
@@ -101,7 +99,7 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
 
 
 @triton.jit
-def _scan(
+def _scan_kernel(
     logits,
     row_stride,
     temperature,
@@ -133,7 +131,7 @@ def _scan(
 
 
 @triton.jit
-def _merge(
+def _merge_scans_kernel(
     logits,
     row_stride,
     temperature,
@@ -175,5 +173,5 @@ def _merge(
 
     drafted = place < PLACES - 1
     draft = tl.load(drafts + req * drafts_stride + place, mask=drafted, other=0)
-    said = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
-    tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(said - top) / total, mask=drafted)
+    logit = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
+    tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(logit - top) / total, mask=drafted)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels.forms import runs_triton
 from vllm_orthrus.kernels.packed import require_packed
 
 
@@ -47,7 +48,7 @@ class BlockRows(NamedTuple):
     input_ids: Tensor  # [capacity, width] int64
     positions: Tensor  # [capacity, width] int64
     prefix_lengths: Tensor  # [capacity] int32
-    slots: Tensor  # [capacity, drafts] int64, -1: sample nothing
+    slots: Tensor  # [capacity, num_drafts] int64, -1: sample nothing
     tables: BlockTables
 
 
@@ -76,14 +77,65 @@ def prepare_blocks(
     A table row is copied as far as prefix and block reach; what stands behind that is left as it was. Cleared rows get
     `padding_length` as their prefix length: -1 tells the dual-view attention that there is no such request.
     """
-    capacity, width = out.input_ids.shape
+    form = launch if runs_triton(drafting.device, chosen=True) else naive
+    form(drafting, batch, out, mask_token, max_model_len, num_rows, padding_length)
+
+
+def rows_to_fill(drafting: Tensor, out: BlockRows, num_rows: int | None) -> int:
+    capacity = len(out.input_ids)
     num_rows = capacity if num_rows is None else num_rows
     if not len(drafting) <= num_rows <= capacity:
         raise ValueError(f"{len(drafting)} requests into {num_rows} of {capacity} rows")
+    return num_rows
+
+
+def naive(
+    drafting: Tensor,
+    batch: BatchState,
+    out: BlockRows,
+    mask_token: int,
+    max_model_len: int,
+    num_rows: int | None = None,
+    padding_length: int = 0,
+) -> None:
+    width = out.input_ids.shape[1]
+    for i in range(rows_to_fill(drafting, out, num_rows)):
+        real = i < len(drafting)
+        p = 0
+        out.input_ids[i] = mask_token if real else 0
+        out.positions[i] = 0
+        out.prefix_lengths[i] = padding_length
+        out.slots[i] = -1
+        if real:
+            row = int(drafting[i])
+            slot = int(batch.idx_mapping[row])
+            last_kept = int(batch.query_start_loc[row + 1]) - int(batch.num_rejected[row]) - 1
+            p = min(int(batch.positions[last_kept]) + 1, max_model_len)
+            sampled = int(batch.num_sampled[row]) > 0
+            out.input_ids[i, 0] = batch.last_sampled[slot, 0] if sampled else batch.next_prefill_tokens[0, slot]
+            for column in range(width):
+                out.positions[i, column] = min(p + column, max_model_len - 1)
+            out.prefix_lengths[i] = p
+            out.slots[i] = slot
+        for source, target, size in zip(out.tables.sources, out.tables.targets, out.tables.block_sizes, strict=True):
+            needed = -(-min(p + width, max_model_len) // size)
+            target[i, :needed] = source[int(drafting[i]), :needed] if real else 0
+
+
+def launch(
+    drafting: Tensor,
+    batch: BatchState,
+    out: BlockRows,
+    mask_token: int,
+    max_model_len: int,
+    num_rows: int | None = None,
+    padding_length: int = 0,
+) -> None:
+    num_rows = rows_to_fill(drafting, out, num_rows)
     require_packed(drafting=drafting, **batch._asdict())
     require_packed(out_ids=out.input_ids, out_positions=out.positions, out_lengths=out.prefix_lengths, slots=out.slots)
-    groups = len(out.tables.sources)
-    _prepare[(num_rows, 1 + groups)](
+    width, num_drafts = out.input_ids.shape[1], out.slots.shape[1]
+    _prepare_blocks_kernel[(num_rows, 1 + len(out.tables.sources))](
         drafting,
         len(drafting),
         batch.idx_mapping,
@@ -106,15 +158,16 @@ def prepare_blocks(
         max_model_len,
         padding_length,
         WIDTH=width,
-        DRAFTS=out.slots.shape[1],
-        TILE=triton.next_power_of_2(max(width, out.slots.shape[1])),
+        DRAFTS=num_drafts,
+        TILE=triton.next_power_of_2(max(width, num_drafts)),
         COLUMNS=1024,
         num_warps=1,
     )
 
 
-@triton.jit(do_not_specialize=["num_drafting"])  # it changes from step to step, and must not compile anew
-def _prepare(
+# Compiled once for all numbers of requests: they change from step to step.
+@triton.jit(do_not_specialize=["num_drafting"])
+def _prepare_blocks_kernel(
     drafting,
     num_drafting,
     idx_mapping,
@@ -171,38 +224,3 @@ def _prepare(
             column = at + tl.arange(0, COLUMNS)  # [COLUMNS]
             block = tl.load(source + column, mask=column < held, other=0)
             tl.store(target + column, block, mask=column < needed)
-
-
-def naive(
-    drafting: Tensor,
-    batch: BatchState,
-    out: BlockRows,
-    mask_token: int,
-    max_model_len: int,
-    num_rows: int | None = None,
-    padding_length: int = 0,
-) -> None:
-    """The same, request by request."""
-    capacity, width = out.input_ids.shape
-    num_rows = capacity if num_rows is None else num_rows
-    for i in range(num_rows):
-        real = i < len(drafting)
-        p = 0
-        out.input_ids[i] = mask_token if real else 0
-        out.positions[i] = 0
-        out.prefix_lengths[i] = padding_length
-        out.slots[i] = -1
-        if real:
-            row = int(drafting[i])
-            slot = int(batch.idx_mapping[row])
-            last_kept = int(batch.query_start_loc[row + 1]) - int(batch.num_rejected[row]) - 1
-            p = min(int(batch.positions[last_kept]) + 1, max_model_len)
-            sampled = int(batch.num_sampled[row]) > 0
-            out.input_ids[i, 0] = batch.last_sampled[slot, 0] if sampled else batch.next_prefill_tokens[0, slot]
-            for column in range(width):
-                out.positions[i, column] = min(p + column, max_model_len - 1)
-            out.prefix_lengths[i] = p
-            out.slots[i] = slot
-        for source, target, size in zip(out.tables.sources, out.tables.targets, out.tables.block_sizes, strict=True):
-            needed = -(-min(p + width, max_model_len) // size)
-            target[i, :needed] = source[int(drafting[i]), :needed] if real else 0

@@ -162,8 +162,8 @@ class Errors:
         out = self.launch(q, k, v, cache, *rest, verification=unrounded, **named)
         if rows is not None:
             rows.out.copy_(unrounded.out)
-            _, exact = naive(q, k, v, cache, *rest, verification=rows)
-            assert exact is not None
+            exact = torch.zeros_like(rows.q, dtype=torch.float64)
+            naive(q, k, v, cache, *rest, verification=rows._replace(out=exact))
             theirs = torch.empty_like(rows.out)
             name = self.attn[cache.keys.data_ptr()].layer_name
             # Keys and values are in the cache; the CPU backend takes them from there.

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, link_tables, naive, prepare_blocks
+from vllm_orthrus.kernels.prepare_block import BatchState, BlockRows, launch, link_tables, naive
 
 MASK, UNTOUCHED, SLOTS = 999, -77, 9
 
@@ -66,7 +68,7 @@ def test_equals_naive(data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(len(drafting), 6).filter(bool))
     padding = data.draw(st.sampled_from((0, -1)))
     found, wanted = rows(6, width, drafts, sources), rows(6, width, drafts, sources)
-    prepare_blocks(drafting, batch, found, MASK, max_model_len, num_rows, padding)
+    launch(drafting, batch, found, MASK, max_model_len, num_rows, padding)
     naive(drafting, batch, wanted, MASK, max_model_len, num_rows, padding)
     for name, one, other in zip(BlockRows._fields[:-1], found, wanted, strict=False):
         assert torch.equal(one, other), name
@@ -75,7 +77,8 @@ def test_equals_naive(data: st.DataObject) -> None:
     assert (found.input_ids[num_rows:] == UNTOUCHED).all()
 
 
-def test_the_anchor_follows_the_last_token_that_was_kept() -> None:
+@pytest.mark.parametrize("build", [naive, launch])
+def test_the_anchor_follows_the_last_token_that_was_kept(build: Callable[..., None]) -> None:
     """Four tokens at 10..13 of which two were rejected: the bonus token stands at 12."""
     tables = [torch.arange(1, 9, dtype=torch.int32).view(1, 8).repeat(2, 1)]
     batch = BatchState(
@@ -88,7 +91,7 @@ def test_the_anchor_follows_the_last_token_that_was_kept() -> None:
         torch.tensor([[60, 61]]),
     )
     out = rows(3, 3, 2, tables * 2)
-    prepare_blocks(torch.tensor([0, 1]), batch, out, MASK, 14, padding_length=-1)
+    build(torch.tensor([0, 1]), batch, out, MASK, 14, padding_length=-1)
     assert out.input_ids.tolist() == [[51, MASK, MASK], [60, MASK, MASK], [0, 0, 0]]
     assert out.positions.tolist() == [[12, 13, 13], [2, 3, 4], [0, 0, 0]]  # nothing lies past the context limit
     assert out.prefix_lengths.tolist() == [12, 2, -1]
@@ -96,7 +99,8 @@ def test_the_anchor_follows_the_last_token_that_was_kept() -> None:
     assert out.tables.targets[0][:, :2].tolist() == [[1, UNTOUCHED], [1, UNTOUCHED], [0, UNTOUCHED]]
 
 
-def test_too_many_requests_are_refused() -> None:
+@pytest.mark.parametrize("build", [naive, launch])
+def test_too_many_requests_are_refused(build: Callable[..., None]) -> None:
     batch, sources = state(0, [2, 2], 100)
     with pytest.raises(ValueError, match="2 requests into 1 of 6 rows"):
-        prepare_blocks(torch.tensor([0, 1]), batch, rows(6, 2, 2, sources), MASK, 100, num_rows=1)
+        build(torch.tensor([0, 1]), batch, rows(6, 2, 2, sources), MASK, 100, num_rows=1)

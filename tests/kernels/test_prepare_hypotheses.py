@@ -1,4 +1,4 @@
-"""The rows that ride along with a verification, built on the device, against their PyTorch twin."""
+"""The rows that a verification carries, built on the device, against their PyTorch twin."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from vllm_orthrus.kernels.hypotheses import NONE
-from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Remembered, Verified, launch, naive
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Remembered, VerifyBatch, launch, naive
 
 MASK, UNTOUCHED, SLOTS, LONGEST = 999, -77, 9, 300
 
 
-def batch(queries: list[int], chosen: int, drafts: int, seed: int) -> tuple[Remembered, Verified]:
+def batch(queries: list[int], chosen: int, drafts: int, seed: int) -> tuple[Remembered, VerifyBatch]:
     """Requests with these numbers of rows. Some slots speak of another step or of more drafts than there are."""
     gen = torch.Generator().manual_seed(seed)
 
@@ -31,16 +31,18 @@ def batch(queries: list[int], chosen: int, drafts: int, seed: int) -> tuple[Reme
     behind = torch.full((5,), -(10**6))  # the runner's buffers are longer than the batch
     return (
         Remembered(anchor_position, accepted, random(0, 900, SLOTS + 1, chosen)),
-        Verified(slots, starts, torch.cat([positions, behind])),
+        VerifyBatch(slots, starts, torch.cat([positions, behind])),
     )
 
 
-def blocks(capacity: int, count: int, width: int) -> HypothesisBlocks:
+def blocks(capacity: int, num_hypotheses: int, width: int) -> HypothesisBlocks:
     def full(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.full(shape, UNTOUCHED, dtype=dtype)
 
     return HypothesisBlocks(
-        full(capacity, count, width), full(capacity, count, width), full(capacity, count, dtype=torch.int32)
+        full(capacity, num_hypotheses, width),
+        full(capacity, num_hypotheses, width),
+        full(capacity, num_hypotheses, dtype=torch.int32),
     )
 
 
@@ -56,12 +58,12 @@ def blocks(capacity: int, count: int, width: int) -> HypothesisBlocks:
 def test_equals_naive(
     queries: list[int], padding: int, chosen: int, width: int, seed: int, data: st.DataObject
 ) -> None:
-    count = data.draw(st.integers(1, chosen))
-    remembered, verified = batch(queries, chosen, 5, seed)
+    num_hypotheses = data.draw(st.integers(1, chosen))
+    remembered, to_verify = batch(queries, chosen, 5, seed)
     capacity = len(queries) + padding
-    expected, actual = blocks(capacity, count, width), blocks(capacity, count, width)
-    naive(len(queries), remembered, verified, expected, MASK, LONGEST)
-    launch(len(queries), remembered, verified, actual, MASK, LONGEST)
+    expected, actual = (blocks(capacity, num_hypotheses, width) for _ in range(2))
+    naive(len(queries), remembered, to_verify, expected, MASK, LONGEST)
+    launch(len(queries), remembered, to_verify, actual, MASK, LONGEST)
     for mine, theirs in zip(actual, expected, strict=True):
         assert torch.equal(mine, theirs)
     assert (actual.prefix_lengths[len(queries) :] == -1).all(), "padding has no blocks"
@@ -76,10 +78,10 @@ def test_what_a_block_says(build: object) -> None:
     remembered = Remembered(
         torch.tensor([20, 10]), torch.stack([none + 3, torch.tensor([-1, 2, 3])]), torch.tensor([[7, 7, 7], [4, 5, 6]])
     )
-    verified = Verified(torch.tensor([1, 0]), torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12, 30]))
+    to_verify = VerifyBatch(torch.tensor([1, 0]), torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12, 30]))
     out = blocks(2, 3, 4)
     assert callable(build)
-    build(2, remembered, verified, out, MASK, 15)
+    build(2, remembered, to_verify, out, MASK, 15)
     assert out.prefix_lengths.tolist() == [[10, 13, -1], [-1, -1, -1]], "three drafts were not scheduled"
     assert out.input_ids[0, :2].tolist() == [[4, MASK, MASK, MASK], [5, MASK, MASK, MASK]]
     assert out.positions[0, :2].tolist() == [[10, 11, 12, 13], [13, 14, 14, 14]]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels import most_probable, prepare_block, prepare_hypotheses
-from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification, dual_view_attention
-from vllm_orthrus.kernels.hypotheses_device import launch_choose, launch_match
+from vllm_orthrus.kernels import choose, dual_view_attention, match, most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification
+from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 Tensors = dict[str, Tensor]
 Launch = Callable[[Tensors], Any]
 
-REQS, DRAFTS, RANKS, COUNT, VOCABULARY = 3, 5, 4, 6, 40
+REQS, DRAFTS, RANKS, HYPOTHESES, VOCABULARY = 3, 5, 4, 6, 40
 
 
 def _choose() -> tuple[Tensors, Launch]:
@@ -30,10 +30,8 @@ def _choose() -> tuple[Tensors, Launch]:
         "anchors": torch.tensor([11, 22, 33]),
         "offset": torch.tensor([0, 2, 1]),
         "values": 0.9 ** torch.arange(DRAFTS + 2),
-        "accepted": torch.full((REQS, COUNT), -7),
-        "token": torch.full((REQS, COUNT), -7),
     }
-    return given, lambda t: launch_choose(*t.values())
+    return given, lambda t: list(choose.launch(*t.values(), num_hypotheses=HYPOTHESES))
 
 
 def _match() -> tuple[Tensors, Launch]:
@@ -44,10 +42,13 @@ def _match() -> tuple[Tensors, Launch]:
         "num_sampled": torch.tensor([2, 3, 0]),
         "last_sampled": torch.tensor([8, 5, 9]),
         "offset": torch.tensor([1, 2, 3]),
-        "index": torch.full((REQS,), -7),
-        "behind": torch.full((REQS,), -7),
     }
-    return given, lambda t: launch_match(*t.values())
+
+    def launch(t: Tensors) -> list[Tensor]:
+        accepted, token, *others = t.values()
+        return list(match.launch(Hypotheses(accepted, token), *others))
+
+    return given, launch
 
 
 def _likeliest() -> tuple[Tensors, Launch]:
@@ -61,7 +62,7 @@ def _likeliest() -> tuple[Tensors, Launch]:
 
 
 def _hypotheses() -> tuple[Tensors, Launch]:
-    block, count = 4, 3
+    block, num_hypotheses = 4, 3
     given = {
         "anchor_position": torch.tensor([20, 10, 30, 0]),
         "accepted": torch.tensor([[-1, 0, 1, 2], [0, 1, -2, 2], [2, 0, -1, 1], [0, 0, 0, 0]]),
@@ -69,9 +70,9 @@ def _hypotheses() -> tuple[Tensors, Launch]:
         "idx_mapping": torch.tensor([1, 0, 2]),
         "query_start_loc": torch.tensor([0, 3, 6, 9], dtype=torch.int32),
         "positions": torch.tensor([10, 11, 12, 20, 21, 22, 30, 31, 32]),
-        "input_ids": torch.full((REQS, count, block), -7),
-        "places": torch.full((REQS, count, block), -7),
-        "prefix_lengths": torch.full((REQS, count), -7, dtype=torch.int32),
+        "input_ids": torch.full((REQS, num_hypotheses, block), -7),
+        "places": torch.full((REQS, num_hypotheses, block), -7),
+        "prefix_lengths": torch.full((REQS, num_hypotheses), -7, dtype=torch.int32),
     }
 
     def launch(t: Tensors) -> None:
@@ -79,7 +80,7 @@ def _hypotheses() -> tuple[Tensors, Launch]:
         prepare_hypotheses.launch(
             REQS,
             prepare_hypotheses.Remembered(*parts[:3]),
-            prepare_hypotheses.Verified(*parts[3:6]),
+            prepare_hypotheses.VerifyBatch(*parts[3:6]),
             prepare_hypotheses.HypothesisBlocks(*parts[6:]),
             99,
             100,
@@ -111,7 +112,7 @@ def _blocks() -> tuple[Tensors, Launch]:
         parts = list(t.values())
         tables = prepare_block.link_tables([t["source"]], [t["target"]], [8])
         rows = prepare_block.BlockRows(*parts[8:12], tables)
-        prepare_block.prepare_blocks(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
+        prepare_block.launch(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
 
     return given, launch
 
@@ -143,7 +144,8 @@ def _attention() -> tuple[Tensors, Launch]:
     def launch(t: Tensors) -> None:
         cache = PagedCache(t["keys"], t["values"], t["table"], page, t["k_scale"], t["v_scale"])
         rows = Verification(t["verify_q"], t["verify_lengths"], verified, t["verify_out"], t["verify_starts"])
-        dual_view_attention(t["q"], t["k"], t["v"], cache, t["prefix_lengths"], 0.25, out=t["out"], verification=rows)
+        given = (t["q"], t["k"], t["v"], cache, t["prefix_lengths"])
+        dual_view_attention.launch(*given, 0.25, out=t["out"], verification=rows)
 
     return given, launch
 

@@ -55,6 +55,10 @@ def describe(function: Any, given: tuple[Any, ...], named: dict[str, Any]) -> La
 
 
 def assumed(value: Any, specialized: bool) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(assumed(part, specialized) for part in value)})"
+    if value is None:
+        return "None"
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}" + (" by 16" if value.data_ptr() % 16 == 0 else "")
     if isinstance(value, float):

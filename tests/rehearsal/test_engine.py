@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
 from tests.rehearsal.launches import Launch, Recorder
+from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
-from vllm_orthrus.kernels import hypotheses_device
+from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
+from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
 GIVEN = prompts(5, shortest=9)
@@ -77,16 +78,33 @@ def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypat
     assert expected[1].one_pass["bonus_missed"] > 0
 
     # A planted fault: the anchors, which are a column of the blocks' rows, read as if they stood side by side.
-    launch = hypotheses_device.launch_choose
+    launch = choose.launch
 
-    def packed(*arguments: torch.Tensor) -> None:
+    def packed(*arguments: Any) -> Hypotheses:
         outcome, bonus, candidates, drafts, anchors, *others = arguments
-        launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
+        return launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
 
-    monkeypatch.setattr(hypotheses_device, "launch_choose", packed)
+    monkeypatch.setattr(choose, "launch", packed)
     faulty = greedily(start_form("triton", passes))
     assert faulty.tokens == expected[0].tokens, "drafts never change the text"
     assert faulty.one_pass != expected[0].one_pass
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("verification", ["backend", "fused"])
+def test_the_kernel_path_has_twins_too(
+    verification: str, start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen by name, and then told to do without Triton: to find out whether a kernel is to blame."""
+    os.environ[SETTING] = "torch"
+    settings = ROWS | {"orthrus_attention": "kernel", "orthrus_verification": verification}
+    expected = greedily(start(one_pass(tiny.block_head, **ROWS), max_num_seqs=5))
+    with Recorder().recording(monkeypatch) as recorder:
+        engine = start(one_pass(tiny.block_head, **settings), max_num_seqs=5)
+        assert isinstance(engine.runner.speculator.attention, KernelAttention)
+        assert not engine.runner.speculator.attention.supports_graphs
+        assert greedily(engine) == expected
+    assert not recorder.take()
 
 
 @pytest.mark.usefixtures("form")
@@ -108,5 +126,13 @@ def test_every_step_launches_what_was_warmed_up(
         for count in (1, 2, 3, 4, 5):
             engine.run(prompts(count, shortest=7), 5)
     launched = recorder.take()
-    assert {launch.kernel for launch in launched} >= {"attend", "_choose", "_match", "_scan", "_merge", "_prepare"}
+    assert {launch.kernel for launch in launched} >= {
+        "_attend_kernel",
+        "_choose_kernel",
+        "_match_kernel",
+        "_scan_kernel",
+        "_merge_scans_kernel",
+        "_prepare_blocks_kernel",
+        "_prepare_hypotheses_kernel",
+    }
     assert launched <= warm, sorted(launched - warm)

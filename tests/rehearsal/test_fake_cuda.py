@@ -82,8 +82,8 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
 
 def test_every_stage_on_cuda(ask: Ask) -> None:
     stages = ask("A100", start)
-    assert stages["draft"] == stages["one pass"] == {"attend": LAYERS, "merge": LAYERS}
-    assert {"attend", "merge"}.isdisjoint(stages["profile"]), "there is no cache yet"
+    assert stages["draft"] == stages["one pass"] == {"_attend_kernel": LAYERS, "_merge_kernel": LAYERS}
+    assert {"_attend_kernel", "_merge_kernel"}.isdisjoint(stages["profile"]), "there is no cache yet"
 
 
 def complaint(fault: str) -> str:

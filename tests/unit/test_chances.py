@@ -7,14 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_orthrus.kernels.hypotheses import (
-    NONE,
-    Hypotheses,
-    choose_hypotheses,
-    choose_naive,
-    count_covered,
-    match_outcome,
-)
+from vllm_orthrus.kernels import choose
+from vllm_orthrus.kernels.choose import choose_hypotheses
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
+from vllm_orthrus.kernels.match import match_outcome
 from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.policy import chances, cost
 
@@ -52,10 +48,10 @@ def worth(chosen: list[tuple[int, int]], request: int, given_problem: Problem) -
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=40)
-def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, count: int, seed: int) -> None:
+def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, num_hypotheses: int, seed: int) -> None:
     given_problem = problem(2, drafts, ranks, seed)
     *_, candidates, tokens, anchors, _ = given_problem
-    chosen = choose_naive(*given_problem, VALUES, count)
+    chosen = choose.naive(*given_problem, VALUES, num_hypotheses)
     for request in range(2):
         every = [(-1, int(anchors[request]))]
         every += [(a, int(tokens[request, a])) for a in range(drafts)]
@@ -76,13 +72,13 @@ def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, count: int, s
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
-def test_match_is_the_newest_hypothesis_that_came_true(reqs: int, drafts: int, count: int, seed: int) -> None:
+def test_match_is_the_newest_hypothesis_that_came_true(reqs: int, drafts: int, num_hypotheses: int, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
 
     def random(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=gen)
 
-    hypotheses = Hypotheses(random(-2, drafts + 1, reqs, count), random(0, 3, reqs, count))
+    hypotheses = Hypotheses(random(NONE, drafts + 1, reqs, num_hypotheses), random(0, 3, reqs, num_hypotheses))
     tokens, num_sampled = random(0, 3, reqs, drafts), random(0, drafts + 2, reqs)
     last, offset = random(0, 3, reqs), random(0, 9, reqs)
     found = match_outcome(hypotheses, tokens, num_sampled, last, offset)
@@ -121,7 +117,7 @@ def test_requests_do_not_disturb_each_other() -> None:
 def test_an_exact_block_at_hand_needs_no_other() -> None:
     """Drafts of a hit: the anchor's block would be the one they came from, so it is never asked for."""
     outcome, bonus, candidates, tokens, anchors, _ = problem(50, 6, 4, 1)
-    chosen = choose_naive(outcome, bonus, candidates, tokens, anchors, torch.zeros(50, dtype=torch.int64), VALUES, 8)
+    chosen = choose.naive(outcome, bonus, candidates, tokens, anchors, torch.zeros(50, dtype=torch.int64), VALUES, 8)
     assert not (chosen.accepted == -1).any()
 
 
@@ -222,9 +218,9 @@ def test_nothing_is_learnt_where_nothing_was_judged(num_sampled: int, real: int)
     assert all((table == 0).all() for table in (*after, *own))
 
 
-@pytest.mark.parametrize("count", [1, 2, 16])
-def test_block_values_fall_and_end(count: int) -> None:
-    values = chances.block_values(16, 15, count)
+@pytest.mark.parametrize("num_hypotheses", [1, 2, 16])
+def test_block_values_fall_and_end(num_hypotheses: int) -> None:
+    values = chances.block_values(16, 15, num_hypotheses)
     assert values[0] == 1
     assert (values[1:] < values[:-1])[:15].all()
     assert (values[15:] == 0).all(), "past its taught rows a block gives nothing"

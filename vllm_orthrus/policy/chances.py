@@ -8,7 +8,7 @@ rows that didn't know the bonus. What counts is how often drafts of such a confi
 
 Greedy and sampled requests are counted apart. A request whose drafts are rejected more, or less, often than that has
 its chances of rejection multiplied by (seen rejections + n) / (expected rejections + n). From these follow P(exactly a
-accepted) and P(bonus c | a), which is what `kernels.hypotheses.choose` asks for.
+accepted) and P(bonus c | a), which is what `kernels.choose` asks for.
 
 Everything is a small tensor of fixed shape on the device and nothing is read back, so a captured graph may hold it.
 """
@@ -103,9 +103,7 @@ def describe_drafts(said: Probable, tokens: Tensor, num_drafts: Tensor, offset: 
     found = said.tokens.gather(2, order)
     left = torch.cat((1 - torch.where(real, said.confidence, 0), torch.ones_like(said.probability[:, :1, 0])), dim=1)
     share = (share / left.clamp(min=1e-6)[..., None]).clamp(max=1)
-    inside = (offset[:, None] + places < block) & (
-        places <= num_drafts[:, None]
-    )  # the place has a row that predicts it
+    inside = (offset[:, None] + places < block) & (places <= num_drafts[:, None])  # the place has a row
     return Drafts(tokens, num_drafts, offset, said.confidence, found, torch.where(inside[..., None], share, 0))
 
 

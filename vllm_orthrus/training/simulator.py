@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_naive, count_covered, match_naive
+from vllm_orthrus.kernels import choose, match
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
 from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.policy.chances import (
     LOOKED_AT,
@@ -108,7 +109,7 @@ class OnePass:
         self.calibration: Calibration = new_calibration(reference.device)
         self.values = block_values(self.width, self.drafting_rows, hypotheses, reference.device)
         self.places = torch.arange(self.num_drafts + 1, device=reference.device)
-        self.choose: Callable[..., Hypotheses] = choose_naive
+        self.choose: Callable[..., Hypotheses] = choose.naive
 
     @torch.inference_mode()
     def generate(
@@ -175,7 +176,7 @@ class OnePass:
             hidden = self.reference.autoregressive(ids, positions, cache)
         accepted, bonus = self._verify(drafts, q, self.reference.logits(hidden))
 
-        which, offset = match_naive(chosen, drafts.tokens, accepted + 1, bonus, now.offset)
+        which, offset = match.naive(chosen, drafts.tokens, accepted + 1, bonus, now.offset)
         self.calibration, history = update_calibration(
             self.calibration, now.history, drafts, sampling, accepted + 1, bonus
         )

@@ -16,6 +16,7 @@ from vllm_orthrus.kernels.dual_view_attention import (
     make_plan,
     workspace_size,
 )
+from vllm_orthrus.kernels.forms import wanted_form
 
 FP8 = {
     "fp8": torch.float8_e4m3fn,
@@ -70,14 +71,13 @@ def _capability_below(major: int, minor: int) -> str | None:
 
 
 class KernelAttention(BlockAttention):
-    supports_graphs = True
-
     def __init__(self, layers: list[CachedLayer], workspace: torch.Tensor, verified: int = 0) -> None:
         """workspace: from `make_workspace`, of at least what any pass of this object needs.
 
         verified: the most verification rows of a request that share a launch with its block rows.
         """
         self.layers, self.workspace, self.verified = layers, workspace, verified
+        self.supports_graphs = wanted_form() != "torch"  # the twin reads lengths on the host
         self.plans: dict[tuple[int, int], Plan] = {}
 
     def begin(self, blocks: Blocks, capturing: bool = False) -> ForwardInputs:

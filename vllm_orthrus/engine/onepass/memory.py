@@ -8,7 +8,9 @@ import torch
 from vllm_orthrus.engine.onepass.rows import HypothesisRows
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.vllm import ModelConfig
-from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
+from vllm_orthrus.kernels.choose import choose_hypotheses
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
+from vllm_orthrus.kernels.match import match_outcome
 from vllm_orthrus.kernels.most_probable import most_probable
 from vllm_orthrus.kernels.prepare_hypotheses import Remembered
 from vllm_orthrus.policy import chances

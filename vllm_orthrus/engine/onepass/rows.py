@@ -7,7 +7,7 @@ import torch
 from vllm_orthrus.engine.attention.blocks import Blocks
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.vllm import InputBatch, ModelConfig
-from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Remembered, Verified, prepare_hypotheses
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Remembered, VerifyBatch, prepare_hypotheses
 
 
 class HypothesisRows(NamedTuple):
@@ -59,7 +59,7 @@ class HypothesisBuffers:
         prepare_hypotheses(
             num_reqs,
             remembered,
-            Verified(batch.idx_mapping, batch.query_start_loc, batch.positions),
+            VerifyBatch(batch.idx_mapping, batch.query_start_loc, batch.positions),
             HypothesisBlocks(rows.input_ids.view(by_block), rows.positions.view(by_block), rows.blocks.prefix_lengths),
             self.shape.mask_token_id,
             self.model_config.max_model_len,  # which `--max-model-len auto` lowers once the cache is known
