@@ -245,7 +245,7 @@ def faults(report: Report) -> list[str]:
     return found
 
 
-HEADER = """# The kernels, compiled ahead of time
+HEADER = """## Compiled ahead of time
 
 What each kernel needs on each GPU, from `make kernels-compiled` with the Triton versions that vLLM brings there:
 {versions}. Two figures in a cell are theirs, in this order. *Released heads*: blocks of 32 rows, 16 verified
@@ -277,7 +277,9 @@ def write_table(evidence: dict[str, list[Report]]) -> None:
         by_place.setdefault(one.place, []).append(one)
     versions = " and ".join(f"{version} (vLLM {PINNED[version]})" for version in evidence)
     table = HEADER.format(versions=versions, rows=RELEASED.rows) + "\n".join(map(row, by_place.values())) + "\n"
-    (ROOT / "docs" / "kernels.md").write_text(table)
+    page = ROOT / "docs" / "kernels.md"
+    explained = page.read_text().partition(HEADER.splitlines()[0])[0]
+    page.write_text(explained + table)
 
 
 def with_triton(version: str, options: Sequence[str]) -> list[Report] | None:
