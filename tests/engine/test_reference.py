@@ -133,8 +133,8 @@ def _prefix(by: int) -> Callable[[pytest.MonkeyPatch], None]:
 def _rejections_ignored(patch: pytest.MonkeyPatch) -> None:
     prepare = DraftRows.prepare
 
-    def faulty(self: DraftRows, rows: Any, batch: Any, sampled: Any, rejected: Any, *rest: Any) -> None:
-        prepare(self, rows, batch, sampled, torch.zeros_like(rejected), *rest)
+    def faulty(self: DraftRows, rows: Any, batch: Any, sampled: Any) -> None:
+        prepare(self, rows, batch, sampled._replace(num_rejected=torch.zeros_like(sampled.num_rejected)))
 
     patch.setattr(DraftRows, "prepare", faulty)
 
