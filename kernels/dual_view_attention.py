@@ -276,7 +276,7 @@ def _attend_kernel(
     steps = tl.cdiv(tl.maximum(longest, 0), TILE_N)
     share = tl.cdiv(steps, splits)  # steps per split
     used = tl.cdiv(steps, tl.maximum(share, 1))  # splits that have a part of the prefix
-    fresh_split = tl.minimum(used, splits - 1)  # the fresh rows go to a split of their own while there is one
+    fresh_split = tl.minimum(used, splits - 1)  # takes the fresh rows: the first without prefix, or the last
     if SPLIT:
         holding = tl.where(last > first, fresh_split + 1, used)
         if split == 0:

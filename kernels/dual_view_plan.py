@@ -66,18 +66,18 @@ def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, cache_dtype: torc
         return Tiles(rows, 32 if wide else 64, 4, 4, 1 if wide else 2)
     if target.shared > 80 * 1024:
         places = 2 if target.shared > 160 * 1024 and not wide else 1
-        # Widening fp8 takes registers: spread over more threads where another program would find no place anyway.
+        # Widening fp8 takes registers. Where a second program would not fit anyway, more threads share them.
         return Tiles(rows, 32, 8 if narrow and rows == 64 and places == 1 else 4, 3 if wide else 4, places)
     return Tiles(rows, 32, 4, 2, 2)
 
 
-# Every split writes a partial result and reads it again. Beyond this many for each place of the device, that costs more
-# than the places that stand idle in the last wave.
+# Every split writes a partial result, which is read again. With more than this many programs for each that can run at a
+# time, that costs more than a last wave that leaves some multiprocessors idle.
 MOST_WAVES = 4
 
 
 def choose_splits(programs: int, per_sm: int, target: Target) -> int:
-    """The fewest splits that keep at least 95 % of the device's places busy if all prefixes are equally long."""
+    """The fewest splits that keep at least 95 % of the device busy if all prefixes are equally long."""
     if target is INTERPRETER:
         return 1
     places = target.multiprocessors * per_sm

@@ -18,6 +18,6 @@ def wanted_form() -> Form:
 
 
 def runs_triton(device: torch.device, chosen: bool = False) -> bool:
-    """chosen: a setting has picked this kernel over other ways, on a CPU too. Then only "torch" runs its twin."""
+    """chosen: orthrus_attention has picked this kernel, on a CPU too, so that only "torch" runs its twin."""
     form = wanted_form()
     return (chosen or device.type != "cpu") if form == "auto" else form == "triton"

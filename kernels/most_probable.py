@@ -122,7 +122,7 @@ def _scan_kernel(
     largest = tl.max(x, 0)
     at = row * stretches + stretch
     tl.store(out_largest + at, largest)
-    tl.store(out_sums + at, tl.sum(tl.exp(x - tl.maximum(largest, -1e38)), 0))  # a stretch may be ruled out altogether
+    tl.store(out_sums + at, tl.sum(tl.exp(x - tl.maximum(largest, -1e38)), 0))  # all may be -inf
     for rank in range(COUNT):
         best = tl.argmax(x, 0)
         tl.store(out_values + at * COUNT + rank, tl.max(x, 0))

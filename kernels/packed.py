@@ -1,10 +1,10 @@
-"""What a launch takes for granted about the tensors it is given."""
+"""What kernels assume about the strides of their tensors."""
 
 from torch import Tensor
 
 
 def require_packed(**tensors: Tensor | None) -> None:
-    """Neighbours along the last dimension lie side by side: kernels step from one to the next without asking."""
+    """Kernels take the last dimension's stride to be 1."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(_problem(name, tensor, "contiguous in its last dimension"))
