@@ -1,0 +1,128 @@
+"""The choice of a mode against a made-up machine, and text, whose best mode is known."""
+
+import random
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+
+from vllm_orthrus.policy.modes import ModePolicy, Step
+
+MODES = (0, 3, 7, 15)
+Chance = Callable[[int], float]  # that a draft is kept behind so many tokens
+
+
+class Machine:
+    """Steps of these costs, with drafts kept at these chances."""
+
+    def __init__(self, policy: ModePolicy, rows_per_forward: float, noise: float = 0.03) -> None:
+        self.policy, self.knee, self.noise = policy, rows_per_forward, noise
+        self.random, self.scheduled, self.names = random.Random(0), 0, count()
+        self.modes: list[int] = []
+
+    def forward(self, rows: int) -> float:
+        return 1 + (rows - 1) / self.knee
+
+    def seconds(self, requests: int, verified: int, drafting: int) -> float:
+        return self.forward(requests * (verified + 1)) + (self.forward(requests * drafting) if drafting else 0)
+
+    def serve(self, chance: Chance, tokens: int, requests: int = 1) -> float:
+        """Tokens per second over answers of this length, all of which begin together."""
+        names = [next(self.names) for _ in range(requests)]
+        said, clock, verified = dict.fromkeys(names, 0), 0.0, 0
+        while min(said.values()) < tokens:
+            drafting = self.policy.choose(names)
+            self.modes.append(drafting)
+            spent = self.seconds(requests, verified, drafting) * (1 + self.noise * self.random.random())
+            for name in names:
+                accepted = 0
+                while accepted < verified and self.random.random() < chance(said[name]):
+                    accepted += 1
+                said[name] += accepted + 1
+                if verified:
+                    self.policy.verified(name, verified, accepted)
+            self.policy.observe(Step(requests, verified, drafting, spent))
+            clock, verified = clock + spent, drafting
+        for name in names:
+            self.policy.finished(name)
+        return sum(said.values()) / clock
+
+    def fixed(self, drafts: int, chance: Chance, requests: int = 1) -> float:
+        """The expected rate of one mode alone."""
+        expected = survive = 1.0
+        for _ in range(drafts):
+            survive *= chance(0)
+            expected += survive
+        return requests * expected / self.seconds(requests, drafts, drafts)
+
+    def best(self, chance: Chance, requests: int = 1) -> tuple[int, float]:
+        return max(((k, self.fixed(k, chance, requests)) for k in MODES), key=lambda one: one[1])
+
+
+def test_predictable_text_is_drafted_far() -> None:
+    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    rate = machine.serve(lambda said: 0.95, 2000)
+    mode, best = machine.best(lambda said: 0.95)
+    assert rate >= 0.95 * best > 1.8
+    assert machine.modes.count(mode) > 0.8 * len(machine.modes)
+
+
+@pytest.mark.parametrize("wrong", [4, 100])
+def test_a_wrong_idea_of_the_machine_is_corrected(wrong: float) -> None:
+    machine = Machine(ModePolicy(MODES, wrong), rows_per_forward=20)
+    machine.serve(lambda said: 0.9, 300)
+    assert machine.serve(lambda said: 0.9, 2000) >= 0.95 * machine.best(lambda said: 0.9)[1]
+
+
+@pytest.mark.parametrize("requests", [1, 2, 8, 64])
+def test_never_much_slower_than_plain(requests: int) -> None:
+    """Text that no draft foresees; the first answers, too."""
+    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    plain = machine.fixed(0, lambda said: 0.1, requests)
+    assert machine.serve(lambda said: 0.1, 128, requests) >= 0.9 * plain
+    assert machine.serve(lambda said: 0.1, 1000, requests) >= 0.97 * plain
+    assert machine.modes.count(0) > 0.9 * len(machine.modes)
+
+
+def test_classes_in_turn() -> None:
+    """Hard text does not keep easy text behind it from being drafted, nor the other way round."""
+    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine.serve(lambda said: 0.1, 1000)
+    for chance in (0.95, 0.1, 0.95, 0.1):
+        rate = machine.serve(lambda said, chance=chance: chance, 256)
+        assert rate >= 0.8 * machine.best(lambda said, chance=chance: chance)[1]
+
+
+def test_text_that_changes_its_nature_is_noticed() -> None:
+    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine.serve(lambda said: 0.05 if said < 500 else 0.95, 2000)
+    assert sum(mode == 15 for mode in machine.modes[-50:]) > 40
+
+
+def test_pauses_of_the_machine_change_nothing() -> None:
+    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine.serve(lambda said: 0.95, 500)
+    before = machine.policy.choose(["a"])
+    assert before > 0
+    machine.policy.observe(Step(1, before, before, 500.0))
+    assert machine.policy.choose(["a"]) == before
+
+
+def test_what_cannot_pay_is_not_tried() -> None:
+    machine = Machine(ModePolicy(MODES, 4), rows_per_forward=4)
+    machine.serve(lambda said: 0.95, 500, requests=256)
+    assert set(machine.modes[20:]) == {0}
+
+
+def test_planted_fault_inverted_costs() -> None:
+    """The gate that this file is: a clock that takes slow for fast turns it red."""
+
+    class Inverted(Machine):
+        def serve(self, *arguments: object, **named: object) -> float:  # type: ignore[override]
+            observe = self.policy.observe
+            self.policy.observe = lambda step: observe(step._replace(seconds=1 / step.seconds))  # type: ignore[method-assign]
+            return super().serve(*arguments, **named)  # type: ignore[arg-type]
+
+    machine = Inverted(ModePolicy(MODES, 20), rows_per_forward=2)
+    rate = machine.serve(lambda said: 0.1, 1000, 8)
+    assert rate < 0.9 * machine.fixed(0, lambda said: 0.1, 8)
