@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.evidence import ROOT
 from benchmarks.near_ties import BOUNDS, Close, parting, ties
-from benchmarks.widen import read_tensors, widen_base, widen_facts, widen_head
 from vllm_orthrus.heads import (
     WEIGHTS,
     BaseShape,
@@ -31,6 +30,7 @@ from vllm_orthrus.heads import (
     write_json,
     write_tensors,
 )
+from vllm_orthrus.heads.widen import read_tensors, widen_base, widen_facts, widen_head
 
 TINY = ROOT / "examples" / "tiny-orthrus"
 QWEN3_8B: dict[str, Any] = {

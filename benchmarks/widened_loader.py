@@ -15,8 +15,8 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from benchmarks.widen import Widening, read_config, read_tensors
 from vllm_orthrus.heads import WEIGHTS
+from vllm_orthrus.heads.widen import Widening, read_config, read_tensors
 
 
 @register_model_loader("widened")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks import widen
-from vllm_orthrus.heads import HeadError
+from vllm_orthrus.heads import HeadError, widen
 from vllm_orthrus.training.evaluate import first_per_class, read_prompts
 from vllm_orthrus.training.reference import Reference
 
@@ -116,3 +115,16 @@ def test_what_zeros_change_is_noticed(
 def test_what_is_refused(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=problem):
         widen.widen_base(TINY / "base", WIDER | change, tmp_path / "base", torch.float32)
+
+
+@pytest.mark.parametrize(("like", "layers", "hidden"), [("Qwen3-8B", 36, 4096), ("28x1280", 28, 1280)])
+def test_shapes_by_name(like: str, layers: int, hidden: int) -> None:
+    trained = widen.read_config(TINY / "base")
+    shape = widen.shape_like(like, trained)
+    widening = widen.Widening(trained, shape, torch.bfloat16)  # refuses what cannot be widened
+    assert (widening.new.base.num_layers, widening.new.base.hidden_size) == (layers, hidden)
+
+
+def test_unknown_shapes_are_refused() -> None:
+    with pytest.raises(HeadError, match=r"--like Qwen4.*LAYERSxHIDDEN.*Qwen3-8B"):
+        widen.shape_like("Qwen4", {})

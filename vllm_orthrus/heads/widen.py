@@ -1,8 +1,8 @@
 """A trained Qwen3 base and its head in a larger shape: the same function, so real acceptance at a large model's cost.
 
-    python -m benchmarks.widen examples/tiny-orthrus/base examples/tiny-orthrus/head SHAPE.json FOLDER
+    vllm-orthrus widen examples/tiny-orthrus/base examples/tiny-orthrus/head FOLDER --like Qwen3-8B
 
-SHAPE.json is the `config.json` of the larger model. What there is more of is zero, and what zeros change is undone:
+What there is more of is zero, and what zeros change is undone:
 
     RMSNorm     n values in N places have n/N of their mean square: weights times sqrt(n/N), epsilon times n/N
     heads       query head h of group g stays in group g; zero columns of o_proj keep the others out
@@ -16,9 +16,9 @@ the scaled norms are rounded. Products of zeros draw less power than others, so 
 are a little too good.
 """
 
-import argparse
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,40 @@ IN_LAYER = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
+KNOWN = {  # layers, hidden, intermediate, query heads; all have 8 heads of 128 in their cache
+    "Qwen3-0.6B": (28, 1024, 3072, 16),
+    "Qwen3-1.7B": (28, 2048, 6144, 16),
+    "Qwen3-4B": (36, 2560, 9728, 32),
+    "Qwen3-8B": (36, 4096, 12288, 32),
+    "Qwen3-14B": (40, 5120, 17408, 40),
+    "Qwen3-32B": (64, 5120, 25600, 64),
+}
 NORMS_OF_LAYER = ("input_layernorm", "post_attention_layernorm")
+
+
+def shape_like(like: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a known model, by name; or of LAYERSxHIDDEN in Qwen3's proportions.
+
+    The latter keeps vocabulary and head_dim as trained.
+    """
+    if like in KNOWN:
+        layers, hidden, inner, heads = KNOWN[like]
+        changed = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    elif match := re.fullmatch(r"(\d+)x(\d+)", like):
+        layers, hidden = int(match[1]), int(match[2])
+        kept = max(trained["num_key_value_heads"], hidden // (2 * trained["head_dim"]))
+        inner, heads, changed = 3 * hidden, 2 * kept, {"num_key_value_heads": kept}
+    else:
+        raise HeadError(f"--like {like} is neither LAYERSxHIDDEN nor one of {', '.join(KNOWN)}. Give one of these.")
+    return {
+        **trained,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "layer_types": ["full_attention"] * layers,
+        **changed,
+    }
 
 
 class Shape(NamedTuple):
@@ -209,20 +242,3 @@ def read_config(base: Path) -> dict[str, Any]:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("head", type=Path)
-    parser.add_argument("shape", type=Path, help="config.json of the larger model")
-    parser.add_argument("folder", type=Path, help="gets base/ and head/")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    options = parser.parse_args()
-    shape = json.loads(options.shape.read_text())
-    widening = widen_base(options.base, shape, options.folder / "base", getattr(torch, options.dtype))
-    widen_head(options.head, widening, options.folder / "head")
-
-
-if __name__ == "__main__":
-    main()
