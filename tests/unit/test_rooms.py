@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "policy": {"kernels"},
     "engine": {"heads", "kernels", "policy"},
     "training": {"heads", "kernels", "policy"},
-    "patches": {"engine", "kernels", "heads"},
+    "patches": {"engine", "kernels", "heads", "policy"},
 }
 # Words that belong to a room of no one: a version, an error.
 SHARED = {"vllm_orthrus", "errors"}

@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,36 +21,44 @@ OPTIONS = (
     *("--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", "512", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(256 << 20)),
 )
-ONE_PASS: Mapping[str, object] = {"method": "orthrus"}
-TWO_PASS: Mapping[str, object] = {"method": "orthrus", "orthrus_passes": "two"}
+AUTO: Mapping[str, object] = {"method": "orthrus"}
+WAYS: Mapping[str, Mapping[str, object] | None] = {
+    "plain": None,
+    "two passes": {**AUTO, "orthrus_passes": "two"},
+    "one pass": {**AUTO, "orthrus_passes": "one"},
+    "auto": AUTO,
+}
 
 
 class Answers(NamedTuple):
     texts: list[str]
     tokens: int
+    seconds: float
     counters: DraftCounters  # of these answers alone
 
 
 def demonstrate(example: Path, per_class: int) -> bool:
-    """Ask both servers the same held-out questions; whether their answers were identical."""
+    """Ask a server for each way the same held-out questions; whether their answers were identical."""
     questions = read_questions(example / "heldout.jsonl", per_class)
     folder = Path(tempfile.mkdtemp(prefix="vllm-orthrus-"))  # stays: the servers' logs are in it
     name_head(example, folder)
-    with starting("1/3  vLLM as it is", example / "base", folder / "plain.log", None) as server:
-        plain = ask(server, questions)
-    with starting(titled("2/3", TWO_PASS), example / "base", folder / "two-pass.log", TWO_PASS) as server:
-        two_pass = ask(server, questions)
-    with starting(titled("3/3", ONE_PASS), example / "base", folder / "one-pass.log", ONE_PASS) as server:
-        print(f"\n> {questions[0]}")
-        for piece in stream(server, questions[0]):
-            print(piece, end="", flush=True)
-        print("\n")
-        one_pass = ask(server, questions)
-    print(comparison(plain, two_pass, one_pass))
-    return plain.texts == two_pass.texts == one_pass.texts
+    answers: dict[str, Answers] = {}
+    for number, (way, speculative) in enumerate(WAYS.items(), start=1):
+        log = folder / f"{way.replace(' ', '-')}.log"
+        with starting(titled(f"{number}/{len(WAYS)}", speculative), example / "base", log, speculative) as server:
+            if way == "auto":
+                print(f"\n> {questions[0]}")
+                for piece in stream(server, questions[0]):
+                    print(piece, end="", flush=True)
+                print("\n")
+            answers[way] = ask(server, questions)
+    print(comparison(answers))
+    return all(found.texts == answers["plain"].texts for found in answers.values())
 
 
-def titled(place: str, speculative: Mapping[str, object]) -> str:
+def titled(place: str, speculative: Mapping[str, object] | None) -> str:
+    if speculative is None:
+        return f"{place}  vLLM as it is"
     return f"{place}  vLLM with --speculative-config '{json.dumps(dict(speculative))}'"
 
 
@@ -57,7 +66,7 @@ def serve(example: Path, port: int) -> None:
     """Become the server, until it is stopped."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-orthrus-"))
     name_head(example, folder)
-    command = serve_command(example / "base", port, ONE_PASS, OPTIONS)
+    command = serve_command(example / "base", port, AUTO, OPTIONS)
     print(" ".join(command), flush=True)
     os.execv(command[0], command)
 
@@ -85,14 +94,14 @@ def client(server: Server) -> Any:
 def ask(server: Server, questions: list[str]) -> Answers:
     """Greedy answers to all questions, one at a time, and what the server counted meanwhile."""
     before = server.draft_counters()
-    texts, tokens = [], 0
+    texts, tokens, started = [], 0, time.monotonic()
     for question in questions:
         reply = client(server).chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": question}], max_tokens=MAX_TOKENS, temperature=0
         )
         texts.append(reply.choices[0].message.content)
         tokens += reply.usage.completion_tokens
-    return Answers(texts, tokens, server.draft_counters() - before)
+    return Answers(texts, tokens, time.monotonic() - started, server.draft_counters() - before)
 
 
 def stream(server: Server, question: str) -> Iterator[str]:
@@ -107,34 +116,43 @@ def stream(server: Server, question: str) -> Iterator[str]:
         yield piece.choices[0].delta.content or ""
 
 
-def comparison(plain: Answers, two_pass: Answers, one_pass: Answers) -> str:
-    """Requests came one at a time, so that each step of the engine is one forward, or two."""
-    answers = len(plain.texts)
-    columns = (plain, two_pass, one_pass)
-    # The first token of an answer comes with its prompt.
-    steps = (plain.tokens - answers, two_pass.counters.cycles, one_pass.counters.cycles)
-    # With one pass, only the first block of an answer needs a pass of its own.
-    forwards = (steps[0], 2 * steps[1], steps[2] + answers)
-    produced = [column.tokens - answers for column in columns]
-    same = ["", *("yes" if column.texts == plain.texts else "NO" for column in columns[1:])]
+def comparison(answers: Mapping[str, Answers]) -> str:
+    """Requests came one at a time, so that each step of the engine is one forward, or two.
 
-    def row(title: str, values: Sequence[object], form: str = "") -> str:
-        return f"{title:<28}" + "".join(f"{value:>12{form}}" for value in values)
+    "auto" mixes steps of several kinds, which vLLM does not count apart.
+    """
+    plain = answers["plain"]
+    asked = len(plain.texts)
+    # The first token of an answer comes with its prompt.
+    steps = {"plain": plain.tokens - asked}
+    steps |= {way: answers[way].counters.cycles for way in ("two passes", "one pass")}
+    # With one pass, only the first block of an answer needs a pass of its own.
+    forwards = steps | {"two passes": 2 * steps["two passes"], "one pass": steps["one pass"] + asked}
+    same = {way: "yes" if found.texts == plain.texts else "NO" for way, found in answers.items() if way != "plain"}
+
+    def row(title: str, values: Mapping[str, object], form: str = "") -> str:
+        cells = (f"{values[way]:>12{form}}" if way in values else f"{'':>12}" for way in answers)
+        return f"{title:<28}" + "".join(cells).rstrip()
+
+    def produced_per(counts: Mapping[str, int]) -> dict[str, float]:
+        return {way: (answers[way].tokens - asked) / count for way, count in counts.items()}
 
     lines = [
-        row("", ("plain", "two passes", "one pass")),
-        row("tokens", [column.tokens for column in columns]),
+        row("", {way: way for way in answers}),
+        row("tokens", {way: found.tokens for way, found in answers.items()}),
+        row("seconds", {way: found.seconds for way, found in answers.items()}, ".1f"),
         row("decoding steps", steps),
-        row("tokens per step", [made / count for made, count in zip(produced, steps, strict=True)], ".2f"),
+        row("tokens per step", produced_per(steps), ".2f"),
         row("forwards of the model", forwards),
-        row("tokens per forward", [made / count for made, count in zip(produced, forwards, strict=True)], ".2f"),
+        row("tokens per forward", produced_per(forwards), ".2f"),
         row("same text as plain", same),
         "",
         "drafts accepted, by place in the block",
     ]
-    for title, column in (("two passes", two_pass), ("one pass", one_pass)):
-        shares = (f"{count / max(1, column.counters.cycles):.2f}" for count in column.counters.accepted_at)
-        lines.append(f"{title:<12}" + " ".join(shares))
+    for way in ("two passes", "one pass"):
+        counters = answers[way].counters
+        shares = (f"{count / max(1, counters.cycles):.2f}" for count in counters.accepted_at)
+        lines.append(f"{way:<12}" + " ".join(shares))
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ _NOT_OURS: dict[str, str] = {
     "kv_cache_dtype": "the head reads the target's cache; set --kv-cache-dtype for both",
     "attention_backend": "the head reads the target's cache; set --attention-backend for the target",
     "max_model_len": "the head drafts up to the target's limit; set --max-model-len",
+    "xpress_topc": "it belongs to another method; leave it out",
     "disable_padded_drafter_batch": "every Orthrus request drafts the same number of rows; leave it out",
 }
 
@@ -58,6 +59,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     orthrus_passes: Literal["auto", "one", "two"] = "auto"
     """"two": draft in a pass of its own after each verification. "one": draft inside the verification, for the outcomes
     it is likely to have. "auto" chooses one pass where the cache can be read for it."""
+
+    orthrus_modes: list[int] | None = None
+    """Numbers of drafts to choose from in each step, by what a step takes and by how many drafts are kept; 0 is plain
+    decoding. Unset, and with `orthrus_passes` at "auto": as many as there are, half, a quarter and none, where nothing
+    is captured for one of these alone; else always `num_speculative_tokens`. An empty list: always that."""
 
     orthrus_hypotheses: int = Field(default=8, ge=1, le=64)
     """Blocks per request that ride along with a verification, if `orthrus_rows` allows."""
@@ -97,7 +103,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     def _refuse_foreign_settings(self) -> None:
         for name, advice in _NOT_OURS.items():
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # some are of one vLLM only
             if value:
                 raise ValueError(f"{name}={value!r} does not apply to method 'orthrus': {advice}.")
         if envs.VLLM_USE_V2_MODEL_RUNNER is False:
@@ -169,7 +175,45 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             if obstacles and value in ("one", "fused"):
                 raise ValueError(f"{name}={value!r} does not go with {obstacles[0]}. Change that, or {otherwise}.")
         if self.orthrus_passes == "auto":
-            self.orthrus_passes = "two" if obstacles else "one"
+            # Rows are dear where there is no GPU: hypotheses cost more than they save.
+            dear = not _compiles_kernels() and self.orthrus_verification == "backend"
+            self.orthrus_passes = "two" if obstacles or dear else "one"
+            if self.orthrus_modes is None and self._may_change_modes():
+                self.orthrus_modes = default_modes(self.num_speculative_tokens or 0)
+        if self.orthrus_modes:
+            self._check_modes(self.orthrus_modes)
+
+    def _may_change_modes(self) -> bool:
+        """Graphs of verifications are captured for one number of drafts."""
+        return (
+            self.orthrus_passes == "two"
+            and (self.target_model_config.enforce_eager or not _compiles_kernels())
+            and self.num_speculative_tokens_per_batch_size is None
+            and not self.enable_adaptive_verification
+            and not self.orthrus_check_attention  # which is there to see many drafts
+            and self.target_parallel_config.data_parallel_size == 1
+        )
+
+    def _check_modes(self, modes: list[int]) -> None:
+        most = self.num_speculative_tokens
+        if sorted(set(modes)) != sorted(modes) or 0 not in modes or most not in modes or max(modes) > (most or 0):
+            raise ValueError(
+                f"orthrus_modes={modes} must name different numbers of drafts, among them 0 and "
+                f"num_speculative_tokens={most}, which is the most. Leave it out, or give for example "
+                f"{default_modes(most or 0)}."
+            )
+        if not self._may_change_modes():
+            raise ValueError(
+                f"orthrus_modes={modes} needs two passes without CUDA graphs (orthrus_passes='two', enforce_eager or a "
+                "CPU), one data-parallel rank, no orthrus_check_attention, and neither "
+                "num_speculative_tokens_per_batch_size nor enable_adaptive_verification, which decide the same. Leave "
+                "one of them out."
+            )
+
+    @property
+    def rows_per_forward(self) -> float:
+        """Rows that take as long again as a forward of one: a first idea, which the clock corrects."""
+        return 150 if _compiles_kernels() else 20
 
     def _refuse_to_fuse(self) -> None:
         if self.orthrus_verification == "backend":
@@ -218,6 +262,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.orthrus_block_size = block
         self.orthrus_drafting_rows = most
         self.orthrus_mask_token_id = head.mask_token_id
+
+
+def default_modes(most: int) -> list[int]:
+    """None, a quarter, half and all, as far as they differ."""
+    return sorted({0, most} | {drafts for drafts in (most // 2, most // 4) if drafts > 1})
 
 
 def known_settings() -> list[str]:

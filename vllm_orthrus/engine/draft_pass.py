@@ -46,8 +46,8 @@ class DraftPass:
         self.attention = attention
         self.rows.bind(block_tables, isinstance(attention, KernelAttention))
 
-    def run(self, num_reqs: int, longest: int, graphs: BlockGraphs | None) -> None:
-        """Over the first rows. longest: an upper bound on their prefixes."""
+    def run(self, num_reqs: int, longest: int, graphs: BlockGraphs | None, drafts: int | None = None) -> None:
+        """Over the first rows. longest: an upper bound on their prefixes; drafts: how many are wanted, if not all."""
         if graphs is not None:
             block = self.shape.block
             graph = graphs.dispatch(num_reqs, num_reqs * block, block, num_active_loras=0)
@@ -55,20 +55,27 @@ class DraftPass:
                 self.attention.begin(self.rows.blocks(graph.num_reqs, longest))
                 graphs.run_fullgraph(graph)
                 return
-        self.compute(num_reqs, self.attention.begin(self.rows.blocks(num_reqs, longest)))
+        width = self._width(drafts)
+        self.compute(num_reqs, self.attention.begin(self.rows.blocks(num_reqs, longest, width)), width)
 
-    def compute(self, num_reqs: int, context: ForwardInputs) -> None:
+    def _width(self, drafts: int | None) -> int:
+        """Rows of a block: one for each draft, if fewer than all are wanted. Narrow blocks draft no worse."""
+        narrow = drafts is not None and drafts < self.shape.drafts and self.attention.takes_any_width
+        return drafts if narrow and drafts is not None else self.shape.block
+
+    def compute(self, num_reqs: int, context: ForwardInputs, width: int) -> None:
         """The pass itself, on buffers only: this is what a CUDA graph captures."""
         inputs = set_forward_context(
             context.attn_metadata,
             self.vllm_config,
-            num_tokens=num_reqs * self.shape.block,
+            num_tokens=num_reqs * width,
             slot_mapping=context.slot_mapping,
         )
         with inputs, self.view.fused():
-            ids, positions = self.rows.input_ids[:num_reqs].flatten(), self.rows.positions[:num_reqs].flatten()
+            ids = self.rows.input_ids[:num_reqs, :width].flatten()
+            positions = self.rows.positions[:num_reqs, :width].flatten()
             hidden = self.view(ids, positions, self.attention)
-        self.keep(num_reqs, hidden.view(num_reqs, self.shape.block, -1))
+        self.keep(num_reqs, hidden.view(num_reqs, width, -1))
 
     def make_graphs(self, cudagraph_mode: CUDAGraphMode, device: torch.device) -> BlockGraphs:
         """cudagraph_mode: the target's. One that has graphs of its pieces only says nothing of these passes."""
@@ -86,7 +93,7 @@ class DraftPass:
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             blocks = self.rows.blocks(descriptor.num_reqs, self.rows.max_model_len)
             context = self.attention.begin(blocks, capturing=True)
-            return lambda mode: self.compute(descriptor.num_reqs, context)
+            return lambda mode: self.compute(descriptor.num_reqs, context, self.shape.block)
 
         graphs.capture(prepare, "Capturing Orthrus drafts")
         captured = sorted(descriptor.num_reqs for descriptor in graphs.graphs)

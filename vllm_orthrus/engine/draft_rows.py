@@ -78,6 +78,7 @@ class DraftRows:
         for table in self.tables:
             table[first:] = 0
 
-    def blocks(self, num_reqs: int, longest: int) -> Blocks:
+    def blocks(self, num_reqs: int, longest: int, width: int | None = None) -> Blocks:
+        """width: rows of each block, if not all."""
         tables = [table[:num_reqs] for table in self.tables]
-        return Blocks(self.positions[:num_reqs], self.prefix_lengths[:num_reqs, None], tables, longest)
+        return Blocks(self.positions[:num_reqs, :width], self.prefix_lengths[:num_reqs, None], tables, longest)

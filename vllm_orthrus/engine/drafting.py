@@ -39,6 +39,7 @@ class Turn(NamedTuple):
 
 class Drafting(ABC):
     carried = False  # the verification that ran last had blocks beside it
+    takes_narrow_blocks = False  # of a draft pass that was asked for fewer drafts
 
     @abstractmethod
     def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:

@@ -14,17 +14,21 @@ class DraftSampler:
         self.speculator, self.shape, self.rows = speculator, shape, rows
         room, device = rows.capacity, rows.input_ids.device
         self.drafts = torch.zeros(room, shape.drafts, dtype=torch.int64, device=device)
-        self.columns = torch.arange(shape.drafts, dtype=torch.int32, device=device).repeat(room)
+        self.columns = torch.arange(shape.drafts, dtype=torch.int32, device=device).repeat(room, 1)
 
     def sample(self, num_reqs: int, logits: torch.Tensor, keys: torch.Tensor) -> None:
-        """logits [num_reqs * K, vocabulary]; keys [num_reqs, K], of the draws: none may come twice for a request."""
+        """logits [num_reqs * n, vocabulary] of the first n drafts; keys [num_reqs, n], of the draws.
+
+        No key may come twice for a request.
+        """
+        num_drafts = keys.shape[1]
         sampled = self.speculator.sample_draft(
             logits,
             keys.flatten(),
-            self.rows.slots[:num_reqs].flatten(),
+            self.rows.slots[:num_reqs, :num_drafts].flatten(),
             self.speculator.temperature,
             self.speculator.seeds,
-            self.columns[: num_reqs * self.shape.drafts],
+            self.columns[:num_reqs, :num_drafts].flatten(),
             self.speculator.draft_logits,
         )
-        self.drafts[:num_reqs] = sampled.view(num_reqs, -1)
+        self.drafts[:num_reqs, :num_drafts] = sampled.view(num_reqs, -1)

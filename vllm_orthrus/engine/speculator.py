@@ -173,12 +173,13 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.drafting.forget(slots)
         drafts.fill_(-1)  # "no draft", for requests that are still reading their prompt
         drafting = _past_prompt(input_batch)
+        wanted = num_speculative_tokens if self.drafting.takes_narrow_blocks else None
         for first in range(0, len(drafting), self.draft_pass.at_once):
             turn = drafting[first : first + self.draft_pass.at_once]
             rows = async_tensor_h2d(turn, self.device)  # [n], rows of the batch
             self.rows.prepare(rows, input_batch, sampled)
             longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[turn].max())
-            self.draft_pass.run(len(turn), longest, self.graphs)
+            self.draft_pass.run(len(turn), longest, self.graphs, wanted)
             new = input_batch.num_computed_tokens_np[turn] < input_batch.prefill_len_np[turn]
             self.drafting.finish(len(turn), Turn(slots[turn], new, len(drafting)))
             drafts[rows] = self.sampler.drafts[: len(turn)]

@@ -12,6 +12,8 @@ from vllm_orthrus.engine.vllm import InputBatch
 
 
 class TwoPasses(Drafting):
+    takes_narrow_blocks = True
+
     def __init__(
         self, view: DiffusionView, shape: DraftShape, rows: DraftRows, sampler: DraftSampler, local_argmax: bool
     ) -> None:
@@ -19,12 +21,13 @@ class TwoPasses(Drafting):
         self.view, self.shape, self.rows, self.sampler, self.local_argmax = view, shape, rows, sampler, local_argmax
 
     def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
-        drafting = hidden[:, : self.shape.drafts].flatten(0, 1)
+        num_drafts = min(hidden.shape[1], self.shape.drafts)
+        drafting = hidden[:, :num_drafts].flatten(0, 1)
         if self.local_argmax:
-            self.sampler.drafts[:num_reqs] = self.view.get_top_tokens(drafting).view(num_reqs, -1)
+            self.sampler.drafts[:num_reqs, :num_drafts] = self.view.get_top_tokens(drafting).view(num_reqs, -1)
             return
         # A draw is keyed by the position of the row it comes from.
-        keys = self.rows.positions[:num_reqs, : self.shape.drafts]
+        keys = self.rows.positions[:num_reqs, :num_drafts]
         self.sampler.sample(num_reqs, self.view.compute_logits(drafting), keys)
 
     def finish(self, num_reqs: int, turn: Turn) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_orthrus.patches import arguments, cpu, dispatch, limits, metrics, models
+from vllm_orthrus.patches import arguments, cpu, dispatch, limits, metrics, models, modes
 from vllm_orthrus.patches.registry import Patch, State, apply_all
 from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
@@ -13,6 +13,7 @@ PATCHES: list[Patch] = [
     *dispatch.PATCHES,
     *limits.PATCHES,
     *metrics.PATCHES,
+    *modes.PATCHES,
     *cpu.PATCHES,
 ]
 WORKER_PATCHES = metrics.WORKER_PATCHES

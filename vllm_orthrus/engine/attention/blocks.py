@@ -44,6 +44,7 @@ class BlockAttention(ABC):
     """One attention call per layer of one draft pass."""
 
     supports_graphs: bool
+    takes_any_width = False  # blocks of fewer rows than the widest
     groups: Sequence[Any] = ()  # vLLM's attention groups, where it attends through vLLM's own layers
 
     @property
@@ -64,6 +65,7 @@ class BlocksAlone(BlockAttention):
     """Blocks that see only themselves: before there is a cache, vLLM runs a draft to measure what memory it needs."""
 
     supports_graphs = False
+    takes_any_width = True
 
     def __init__(self, attn: list[Any]) -> None:
         self.attn = attn

@@ -11,6 +11,7 @@ class GatherAttention(BlockAttention):
     """Its cost follows the longest prefix of the batch, which it moves for every layer: for CPUs, and as a check."""
 
     supports_graphs = False
+    takes_any_width = True
 
     def __init__(self, layers: list[CachedLayer]) -> None:
         self.layers = layers

@@ -113,7 +113,7 @@ class OnePassDrafting(Drafting):
         logits = self.view.compute_logits(hidden.flatten(0, 1)).view(num_reqs, num_drafts + 1, -1)
         anchor_position, anchor = self.rows.positions[:num_reqs, 0], self.rows.input_ids[:num_reqs, 0]
         # A draw is keyed by the step as well as by its place: which block it came from depended on earlier draws.
-        keys = anchor_position[:, None] * (num_drafts + 1) + self.sampler.columns[:num_drafts]
+        keys = anchor_position[:, None] * (num_drafts + 1) + self.sampler.columns[0]
         self.sampler.sample(num_reqs, logits[:, :-1].flatten(0, 1), keys)
         temperature = self.sampler.speculator.temperature[slot]
         drafts = self.sampler.drafts[:num_reqs]

@@ -58,7 +58,7 @@ class BackendVerification(OnePassAttention):
         """vLLM's attention has metadata of its own."""
 
     def clear(self) -> None:
-        """The same."""
+        """Nothing to clear: vLLM makes metadata for each forward."""
 
     def begin(self, blocks: Blocks) -> None:
         self.blocks.begin(blocks)

@@ -1,0 +1,132 @@
+"""Plain steps, and drafts of any number, in turns and as the policy chooses."""
+
+from itertools import cycle
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.harness import Engine, prompts
+from vllm_orthrus.engine.config import default_modes
+from vllm_orthrus.patches.modes import AskPolicy
+from vllm_orthrus.policy.modes import ModePolicy, Step
+
+
+def policy_of(engine: Engine) -> ModePolicy:
+    scheduler: Any = engine.llm.llm_engine.engine_core.engine_core.scheduler
+    assert isinstance(scheduler.dynamic_sd_lookup, AskPolicy)
+    return scheduler.dynamic_sd_lookup.policy
+
+
+@pytest.fixture(scope="module")
+def changing(start: StartEngine, tiny: Checkpoints) -> Engine:
+    return start({"method": "orthrus", "model": str(tiny.block_head)})
+
+
+def test_default_on_a_cpu(changing: Engine) -> None:
+    config = changing.llm.llm_engine.vllm_config.speculative_config
+    assert config.orthrus_passes == "two"
+    assert config.orthrus_modes == default_modes(config.num_speculative_tokens)
+
+
+def take_turns(policy: ModePolicy, patch: pytest.MonkeyPatch) -> list[int]:
+    """Every change from a mode to another, again and again."""
+    chosen: list[int] = []
+    pairs = [mode for one in policy.modes for other in policy.modes for mode in (one, other)]
+    turns = cycle(pairs)
+
+    def choose(requests: Any) -> int:
+        chosen.append(next(turns))
+        return chosen[-1]
+
+    patch.setattr(policy, "choose", choose)
+    return chosen
+
+
+def test_text_stays_the_same_through_all_changes(
+    changing: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = take_turns(policy_of(changing), monkeypatch)
+    given = prompts(11)
+    run = changing.run(given, 40)
+    assert run.tokens == plain.run(given, 40).tokens
+    assert set(chosen) == set(policy_of(changing).modes)
+    assert 0 < run.counts.accepted < run.counts.drafted
+
+
+def test_drafts_are_right_through_all_changes(
+    start: StartEngine, oracle_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: a head that copies the base, in blocks of one row, so that every draft is kept."""
+    engine = start(oracle_config | {"orthrus_modes": [0, 1], "orthrus_attention": "gather"})
+    chosen = take_turns(policy_of(engine), monkeypatch)
+    run = engine.run(prompts(8), 24)
+    assert {0, 1} == set(chosen)
+    assert 0 < run.counts.drafted == run.counts.accepted
+
+
+def test_a_narrow_block_has_as_many_rows_as_drafts(changing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: set[int] = set()
+    draft_pass = changing.runner.speculator.draft_pass
+    compute = draft_pass.compute
+
+    def watched(num_reqs: int, context: Any, width: int) -> None:
+        widths.add(width)
+        compute(num_reqs, context, width)
+
+    monkeypatch.setattr(draft_pass, "compute", watched)
+    take_turns(policy_of(changing), monkeypatch)
+    changing.run(prompts(2), 24)
+    narrow = policy_of(changing).modes[1:-1]
+    assert widths == {*narrow, draft_pass.shape.block}
+
+
+def steps_of(engine: Engine, patch: pytest.MonkeyPatch) -> list[Step]:
+    steps: list[Step] = []
+    observe = ModePolicy.observe
+
+    def watched(policy: ModePolicy, step: Step) -> None:
+        steps.append(step)
+        observe(policy, step)
+
+    patch.setattr(ModePolicy, "observe", watched)
+    return steps
+
+
+def ends_plain(engine: Engine, patch: pytest.MonkeyPatch) -> bool:
+    """With a head that is hardly ever right, most steps are soon plain."""
+    steps = steps_of(engine, patch)
+    for given in prompts(3, shortest=20):
+        engine.run([given], 60)
+    late = steps[len(steps) // 2 :]
+    assert len(late) > 40
+    return sum(step.drafting == 0 for step in late) > 0.7 * len(late)
+
+
+def test_drafts_that_do_not_pay_are_soon_given_up(start: StartEngine, tiny: Checkpoints, monkeypatch: Any) -> None:
+    engine = start({"method": "orthrus", "model": str(tiny.block_head)})
+    assert ends_plain(engine, monkeypatch)
+    policy = policy_of(engine)
+    assert len(policy.kept.row) <= 1, "of requests that have ended nothing is kept, once the next step is planned"
+    seconds = policy.clock.seconds(1, policy.modes)
+    assert 0 < seconds[0] < seconds[policy.modes[-1]]
+
+    # A planted fault: a clock that takes slow for fast.
+    faulty = start({"method": "orthrus", "model": str(tiny.block_head)})
+    clock = policy_of(faulty).clock
+    observe = clock.observe
+    monkeypatch.setattr(clock, "observe", lambda step: observe(step._replace(seconds=1e-4 / step.seconds**2)))
+    assert not ends_plain(faulty, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"orthrus_modes": [3, 5]}, "must name different numbers of drafts, among them 0"),
+        ({"orthrus_modes": [0, 99]}, "which is the most"),
+        ({"orthrus_modes": [0, 7], "num_speculative_tokens": 7, "orthrus_passes": "one"}, "needs two passes"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], message: str, tiny: Checkpoints, start: StartEngine) -> None:
+    with pytest.raises(ValueError, match=message):
+        start({"method": "orthrus", "model": str(tiny.block_head)} | settings)

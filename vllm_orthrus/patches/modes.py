@@ -1,0 +1,99 @@
+"""The mode of each step, decided where batches are made: in vLLM's scheduler.
+
+Dynamic speculative decoding is vLLM's: its scheduler looks up how many tokens to draft by the size of the batch, and
+the runner and our drafter follow. With `orthrus_modes` the table that it looks into is a policy.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.registry import Patch, takes
+from vllm_orthrus.policy.modes import ModePolicy, Step
+
+_UPSTREAM = "vLLM's dynamic speculative decoding knows a table by batch size, and nothing of time or acceptance"
+_REMOVE_WHEN = "a plugin can state the number of speculative tokens of each step"
+
+
+class AskPolicy:
+    """Stands where the scheduler has its table: asked once for each step that schedules anything."""
+
+    def __init__(self, scheduler: Any, policy: ModePolicy) -> None:
+        self.scheduler, self.policy = scheduler, policy
+        self.asked_at: deque[float] = deque()  # of steps whose output has not come yet
+        self.ended_at = 0.0
+
+    def __getitem__(self, batch_size: int) -> int:
+        self.asked_at.append(time.perf_counter())
+        return self.policy.choose([request.request_id for request in self.scheduler.running])
+
+    def learn(self, batch: Any, output: Any) -> None:
+        """batch: of a step; output: what its forward and sampling gave."""
+        now = time.perf_counter()
+        # With asynchronous scheduling a step is scheduled while the one before it still runs.
+        seconds, self.ended_at = now - max(self.asked_at.popleft(), self.ended_at), now
+        drafts = batch.scheduled_spec_decode_tokens
+        for request, index in output.req_id_to_index.items():
+            if request in drafts and (sampled := output.sampled_token_ids[index]):
+                self.policy.verified(request, len(drafts[request]), len(sampled) - 1)
+        for request in batch.finished_req_ids:
+            self.policy.finished(request)
+        counts = batch.num_scheduled_tokens
+        verified = {len(drafts.get(request, ())) for request in counts}
+        decoded = all(count == 1 + len(drafts.get(request, ())) for request, count in counts.items())
+        if decoded and not batch.scheduled_new_reqs and len(verified) == 1:
+            self.policy.observe(Step(len(counts), verified.pop(), batch.num_spec_tokens_to_schedule, seconds))
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def __init__(self: Any, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        config = self.vllm_config.speculative_config
+        if config is not None and config.method == METHOD and config.orthrus_modes:
+            self.dynamic_sd_lookup = AskPolicy(self, ModePolicy(config.orthrus_modes, config.rows_per_forward))
+
+    return __init__
+
+
+def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if isinstance(self.dynamic_sd_lookup, AskPolicy) and scheduler_output.num_scheduled_tokens:
+            self.dynamic_sd_lookup.learn(scheduler_output, model_runner_output)
+        return original(self, scheduler_output, model_runner_output)
+
+    return update_from_output
+
+
+PATCHES = [
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
+        why="The scheduler decides how many drafts a step makes, by a table of its own.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes(
+            "self",
+            "vllm_config",
+            "kv_cache_config",
+            "structured_output_manager",
+            "block_size",
+            "hash_block_size",
+            "mm_registry",
+            "include_finished_set",
+            "log_stats",
+        ),
+        replace=_init,
+    ),
+    Patch(
+        target="vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        why="The scheduler is told here what became of a step's drafts, which the policy learns from.",
+        upstream=_UPSTREAM,
+        remove_when=_REMOVE_WHEN,
+        check=takes("self", "scheduler_output", "model_runner_output"),
+        replace=_update_from_output,
+    ),
+]
