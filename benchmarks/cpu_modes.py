@@ -1,0 +1,243 @@
+"""Seconds, not tokens per forward: plain decoding, drafting in fixed ways, and whatever "auto" makes of it, on a CPU.
+
+    python -m benchmarks.cpu_modes [--out FILE] [--rounds 5] [--tokens 128] [--at-once 1 4] [--like 28x1280]
+
+The tiny trained model and its head, widened to a size at which a forward costs what a small real model's does, so that
+acceptance and time are both real. The baseline is stock vLLM: without the plugin, on the model runner that it picks.
+First all say the same in float32 with the tiny model itself, or nothing is timed. Then engines take turns, prompt by
+prompt; what is compared are ratios of tokens per second to the baseline's on the same prompts.
+
+A class is called faster or slower only if all its rounds agree on that.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.cpu_step import TINY, cpu_name, environment
+from benchmarks.evidence import ROOT, Evidence, default_path
+from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head
+
+STOCK = "plain"
+WAYS: dict[str, tuple[dict[str, str], dict[str, Any] | None]] = {
+    STOCK: ({"VLLM_PLUGINS": "none"}, None),  # no plugin has this name, so none is loaded
+    "two passes": ({}, {"orthrus_passes": "two"}),
+    "one pass": ({}, {"orthrus_passes": "one"}),
+    "auto": ({}, {}),
+}
+LOW_ENTROPY = ("arithmetic", "counting", "json", "log")
+WORDS = "third-party text"
+
+
+@dataclass
+class ModesEvidence(Evidence):
+    red: list[str] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # seconds and tokens of each turn
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine:
+    """In a process of its own, which answers prompts whenever it is asked to."""
+
+    def __init__(self, way: str, folder: Path, dtype: str, most: int) -> None:
+        variables, speculative = WAYS[way]
+        task = {"folder": str(folder), "dtype": dtype, "speculative": speculative, "most": most}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cpu_modes", "--serve", json.dumps(task)],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def receive(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                return found
+        raise RuntimeError("an engine has ended before it answered")
+
+    def run(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps([prompts, tokens]), file=self.process.stdin, flush=True)
+        return self.receive()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(task: dict[str, Any]) -> None:
+    """Be the process of an engine."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams
+
+    folder = Path(task["folder"])
+    options: dict[str, Any] = {"model": str(folder / "base"), "dtype": task["dtype"], "skip_tokenizer_init": True}
+    if task["speculative"] is not None:
+        options["speculative_config"] = {"method": "orthrus", "model": str(folder / "head"), **task["speculative"]}
+    sizes = {"max_model_len": 1024, "max_num_seqs": task["most"], "kv_cache_memory_bytes": 1 << 30}
+    sizes["max_num_batched_tokens"] = 128  # vLLM first reads that many, to see what memory it takes
+    engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
+    print("RESULT {}", flush=True)
+    asked = 0
+    for line in sys.stdin:
+        prompts, tokens = json.loads(line)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        said: dict[str, list[int]] = {}
+        for prompt in prompts:
+            engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
+            said[str(asked)] = []
+            asked += 1
+        engine.step()  # prompts are read, which no way does differently
+        started, steps = time.perf_counter(), 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                said[output.request_id] = list(output.outputs[0].token_ids)
+            steps += 1
+        seconds = time.perf_counter() - started
+        print("RESULT", json.dumps({"seconds": seconds, "steps": steps, "said": list(said.values())}), flush=True)
+
+
+def asked_prompts(rounds: int) -> dict[str, list[list[int]]]:
+    """By class, held out from training; and, as text that the base has never seen anything like, licences and code."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
+    found: dict[str, list[list[int]]] = {}
+    for line in (TINY / "heldout.jsonl").read_text().splitlines():
+        prompt = json.loads(line)
+        found.setdefault(prompt["class"], []).append(tokenizer(prompt["prompt"])["input_ids"])
+    files = [Path(torch.__file__).parent / "functional.py", Path(json.__file__), Path(argparse.__file__)]
+    pieces = [text[at : at + 300] for text in (file.read_text() for file in files) for at in range(0, 9000, 900)]
+    found[WORDS] = [tokenizer(piece)["input_ids"][:96] for piece in pieces]
+    choose = random.Random(0)
+    return {kind: choose.sample(prompts, min(rounds, len(prompts))) for kind, prompts in found.items()}
+
+
+def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
+    """Which ways do not say what stock vLLM says, in float32 and with the tiny model itself."""
+    said = {}
+    for way in WAYS:
+        engine = Engine(way, TINY, "float32", 8)
+        engine.receive()
+        said[way] = [engine.run(some[:1], tokens)["said"] for some in prompts.values()]
+        engine.close()
+    return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
+
+
+def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[int]]], args: Any) -> None:
+    ways = [way for way in WAYS if way in args.ways]
+    engines = {way: Engine(way, folder, "bfloat16", max(args.at_once)) for way in ways}
+    for engine in engines.values():
+        engine.receive()
+    for engine in engines.values():
+        engine.run([prompts["counting"][0]], 48)  # compiles and allocates
+    turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]
+    for n, kind, at in tqdm(turns, desc="turns"):
+        some = [prompts[kind][(at + which) % len(prompts[kind])] for which in range(n)]
+        for way, engine in engines.items():
+            found = engine.run(some, args.tokens)
+            said = sum(map(len, found.pop("said"))) - n  # the first token comes of the prompt
+            evidence.rounds.append({"way": way, "at_once": n, "class": kind, "round": at, "tokens": said, **found})
+        evidence.write()
+    for engine in engines.values():
+        engine.close()
+
+
+def summarise(evidence: ModesEvidence) -> None:
+    rate = {
+        (one["way"], one["at_once"], one["class"], one["round"]): one["tokens"] / one["seconds"]
+        for one in evidence.rounds
+    }
+    for n in sorted({one["at_once"] for one in evidence.rounds}):
+        mine = [one for one in evidence.rounds if one["at_once"] == n]
+        kinds = list(dict.fromkeys(one["class"] for one in mine))
+        for way in dict.fromkeys(one["way"] for one in mine):
+            found = evidence.summary.setdefault(str(n), {}).setdefault(way, {})
+            for kind in kinds:
+                ratios = [
+                    rate[way, n, kind, one["round"]] / rate[STOCK, n, kind, one["round"]]
+                    for one in mine
+                    if one["way"] == way and one["class"] == kind
+                ]
+                found[kind] = {
+                    "times_plain": statistics.median(ratios),
+                    "least": min(ratios),
+                    "most": max(ratios),
+                    "ms_per_token": 1e3 * _seconds_per_token(mine, way, [kind]),
+                    "agree": min(ratios) > 1 or max(ratios) < 1,
+                }
+            for name, pooled in (("low-entropy", LOW_ENTROPY), ("all", kinds)):
+                plain, this = (_seconds_per_token(mine, one, pooled) for one in (STOCK, way))
+                found[name] = {"times_plain": plain / this, "ms_per_token": 1e3 * this}
+    evidence.write()
+
+
+def _seconds_per_token(rounds: list[dict[str, Any]], way: str, kinds: Any) -> float:
+    some = [one for one in rounds if one["way"] == way and one["class"] in kinds]
+    return float(sum(one["seconds"] for one in some) / sum(one["tokens"] for one in some))
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    for n, ways in summary.items():
+        kinds = list(ways[STOCK])
+        print(f"\n{n} at once" + "".join(f"{kind[:12]:>14}" for kind in kinds))
+        for way, found in ways.items():
+            cells = (f"{found[kind]['ms_per_token']:6.1f} {found[kind]['times_plain']:5.2f}x" for kind in kinds)
+            print(f"{way:<10}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--like", default="28x1280", help="as for `vllm-orthrus widen`")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(json.loads(args.serve))
+        return 0
+    facts = environment(args.rounds, args.tokens) | {"like": args.like}
+    evidence = ModesEvidence(args.out or default_path("cpu-modes", cpu_name()), facts)
+    prompts = asked_prompts(args.rounds)
+    evidence.red = differences(prompts, 48)
+    evidence.write()
+    if not evidence.red:
+        with tempfile.TemporaryDirectory() as folder:
+            larger = shape_like(args.like, read_config(TINY / "base"))
+            widening = widen_base(TINY / "base", larger, Path(folder) / "base", torch.bfloat16)
+            widen_head(TINY / "head", widening, Path(folder) / "head")
+            for file in (TINY / "base").glob("tokenizer*"):
+                shutil.copy(file, Path(folder) / "base")
+            measure(evidence, Path(folder), prompts, args)
+        evidence.environment["load_after"] = os.getloadavg()
+        summarise(evidence)
+        print_table(evidence.summary)
+    for problem in evidence.red:
+        print("RED", problem)
+    return int(bool(evidence.red))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
