@@ -98,11 +98,12 @@ def test_the_kernel_path_has_twins_too(
     """Chosen by name, and then told to do without Triton: to find out whether a kernel is to blame."""
     os.environ[SETTING] = "torch"
     settings = ROWS | {"orthrus_attention": "kernel", "orthrus_verification": verification}
-    expected = greedily(start(one_pass(tiny.block_head, **ROWS), max_num_seqs=5))
+    expected = greedily(start(one_pass(tiny.block_head, orthrus_attention="gather", **ROWS), max_num_seqs=5))
     with Recorder().recording(monkeypatch) as recorder:
         engine = start(one_pass(tiny.block_head, **settings), max_num_seqs=5)
-        assert isinstance(engine.runner.speculator.attention, KernelAttention)
-        assert not engine.runner.speculator.attention.supports_graphs
+        attention = engine.runner.speculator.draft_pass.attention
+        assert isinstance(attention, KernelAttention)
+        assert not attention.supports_graphs
         assert greedily(engine) == expected
     assert not recorder.take()
 
