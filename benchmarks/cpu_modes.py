@@ -1,11 +1,14 @@
 """Seconds, not tokens per forward: plain decoding, drafting in fixed ways, and whatever "auto" makes of it, on a CPU.
 
-    python -m benchmarks.cpu_modes [--out FILE] [--rounds 5] [--tokens 128] [--at-once 1 4] [--like 28x1280]
+    python -m benchmarks.cpu_modes [--out FILE] [--rounds 5] [--tokens 128] [--at-once 1 4] [--like 28x1280] [--dtype float32]
 
 The tiny trained model and its head, widened to a size at which a forward costs what a small real model's does, so that
 acceptance and time are both real. The baseline is stock vLLM: without the plugin, on the model runner that it picks.
 First all say the same in float32 with the tiny model itself, or nothing is timed. Then engines take turns, prompt by
 prompt; what is compared are ratios of tokens per second to the baseline's on the same prompts.
+
+Processors without products in bfloat16 multiply more than one row many times slower than one: there drafts pay in
+float32 alone.
 
 A class is called faster or slower only if all its rounds agree on that.
 """
@@ -145,7 +148,7 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
 
 def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[int]]], args: Any) -> None:
     ways = [way for way in WAYS if way in args.ways]
-    engines = {way: Engine(way, folder, "bfloat16", max(args.at_once)) for way in ways}
+    engines = {way: Engine(way, folder, args.dtype, max(args.at_once)) for way in ways}
     for engine in engines.values():
         engine.receive()
     for engine in engines.values():
@@ -212,21 +215,22 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--like", default="28x1280", help="as for `vllm-orthrus widen`")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(json.loads(args.serve))
         return 0
-    facts = environment(args.rounds, args.tokens) | {"like": args.like}
-    evidence = ModesEvidence(args.out or default_path("cpu-modes", cpu_name()), facts)
+    facts = environment(args.rounds, args.tokens) | {"like": args.like, "dtype": args.dtype}
+    evidence = ModesEvidence(args.out or default_path(f"cpu-modes-{args.dtype}", cpu_name()), facts)
     prompts = asked_prompts(args.rounds)
     evidence.red = differences(prompts, 48)
     evidence.write()
     if not evidence.red:
         with tempfile.TemporaryDirectory() as folder:
             larger = shape_like(args.like, read_config(TINY / "base"))
-            widening = widen_base(TINY / "base", larger, Path(folder) / "base", torch.bfloat16)
+            widening = widen_base(TINY / "base", larger, Path(folder) / "base", getattr(torch, args.dtype))
             widen_head(TINY / "head", widening, Path(folder) / "head")
             for file in (TINY / "base").glob("tokenizer*"):
                 shutil.copy(file, Path(folder) / "base")
