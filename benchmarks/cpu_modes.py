@@ -1,6 +1,6 @@
 """Seconds, not tokens per forward: plain decoding, drafting in fixed ways, and whatever "auto" makes of it, on a CPU.
 
-    python -m benchmarks.cpu_modes [--out FILE] [--rounds 5] [--tokens 128] [--at-once 1 4] [--like 28x1280] [--dtype float32]
+    python -m benchmarks.cpu_modes [--out FILE] [--rounds 5] [--tokens 128] [--at-once 1 4] [--dtype float32]
 
 The tiny trained model and its head, widened to a size at which a forward costs what a small real model's does, so that
 acceptance and time are both real. The baseline is stock vLLM: without the plugin, on the model runner that it picks.
