@@ -107,6 +107,6 @@ def test_the_test_notices(
     """Plain vLLM against itself passes; drafts accepted by a coin instead of by the target do not."""
     base, head = small
     assert probability_of_same_source(sample(plain, 3, 0.8), plain_samples[0.8]) > 0.005
-    coin = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.0}
+    coin = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.0, "orthrus_modes": []}
     lossy = start({"method": "orthrus", "model": str(head)} | coin, model=base, max_num_seqs=64)
     assert probability_of_same_source(sample(lossy, 2, 0.8), plain_samples[0.8]) < 0.005
