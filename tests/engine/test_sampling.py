@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.engine import checkpoints
 from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
+from vllm_orthrus.heads import open_head, save_head
 
 pytestmark = pytest.mark.slow
 
@@ -110,3 +112,26 @@ def test_the_test_notices(
     coin = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 3.0, "orthrus_modes": []}
     lossy = start({"method": "orthrus", "model": str(head)} | coin, model=base, max_num_seqs=64)
     assert probability_of_same_source(sample(lossy, 2, 0.8), plain_samples[0.8]) < 0.005
+
+
+@pytest.mark.parametrize(("value", "passes"), [(float("nan"), "one"), (float("nan"), "two"), (float("inf"), "two")])
+def test_drafts_from_nonsense(
+    value: float,
+    passes: str,
+    start: StartEngine,
+    small: tuple[Path, Path],
+    plain_samples: dict[float, Tokens],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A head that is not finite says so once, and the text is as if it were not there."""
+    base, head = small
+    checkpoint = open_head(head)
+    broken = {name: torch.full_like(tensor, value) for name, tensor in checkpoint.tensors()}
+    save_head(tmp_path / "broken", broken, checkpoint.config)
+    settings = {"orthrus_passes": passes, "draft_sample_method": "probabilistic"}
+    engine = start(
+        {"method": "orthrus", "model": str(tmp_path / "broken")} | ROWS | settings, model=base, max_num_seqs=64
+    )
+    assert "values that are not finite" in caplog.text
+    assert probability_of_same_source(sample(engine, 2, 0.8), plain_samples[0.8]) > 0.005

@@ -29,6 +29,7 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
     else:
         head = open_head(config.model, config.revision, config.head_cache)
         view.load_weights(head.tensors())
+        _warn_of_nonsense(view, config.model)
     # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
     size = sum(parameter.nbytes for parameter in view.parameters())
     process_weights_after_loading(view, model_config, device)
@@ -40,3 +41,16 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
         config.num_speculative_tokens,
     )
     return view.eval()
+
+
+def _warn_of_nonsense(view: DiffusionView, head: str) -> None:
+    broken = torch.stack([~parameter.isfinite().all() for parameter in view.parameters()])
+    names = [name for (name, _), found in zip(view.named_parameters(), broken.tolist(), strict=True) if found]
+    if names:
+        logger.warning(
+            "Orthrus head %s has %d tensors with values that are not finite, the first of them %s. The text stays "
+            "right, but its drafts will hardly be kept, and steps are slower for them. Convert or train the head anew.",
+            head,
+            len(names),
+            names[0],
+        )

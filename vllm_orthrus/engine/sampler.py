@@ -22,6 +22,10 @@ class DraftSampler:
         No key may come twice for a request.
         """
         num_drafts = keys.shape[1]
+        if self.speculator.draft_logits is not None:
+            # The rejection sampler divides by what these say. From nonsense it would make wrong text, from a row that
+            # says nothing only rejections.
+            logits.masked_fill_(~logits.sum(-1, keepdim=True, dtype=torch.float32).isfinite(), 0)
         sampled = self.speculator.sample_draft(
             logits,
             keys.flatten(),
