@@ -58,7 +58,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     orthrus_passes: Literal["auto", "one", "two"] = "auto"
     """"two": draft in a pass of its own after each verification. "one": draft inside the verification, for the outcomes
-    it is likely to have. "auto" chooses one pass where the cache can be read for it."""
+    it is likely to have. "auto" chooses one pass on GPUs, if the cache can be read for it, and two on CPUs, where rows
+    are dear."""
 
     orthrus_modes: list[int] | None = None
     """Numbers of drafts to choose from in each step, by what a step takes and by how many drafts are kept; 0 is plain
