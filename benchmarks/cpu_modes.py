@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cpu_step import TINY, cpu_name, environment
-from benchmarks.evidence import ROOT, Evidence, default_path
+from benchmarks.engine_process import EngineProcess, answer, questions
+from benchmarks.evidence import Evidence, default_path
 from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head
 
 STOCK = "plain"
@@ -52,39 +52,11 @@ class ModesEvidence(Evidence):
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-class Engine:
-    """In a process of its own, which answers prompts whenever it is asked to."""
-
-    def __init__(self, way: str, folder: Path, dtype: str, most: int) -> None:
-        variables, speculative = WAYS[way]
-        task = {"folder": str(folder), "dtype": dtype, "speculative": speculative, "most": most}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cpu_modes", "--serve", json.dumps(task)],
-            cwd=ROOT,
-            env=os.environ | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("RESULT "):
-                found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-                return found
-        raise RuntimeError("an engine has ended before it answered")
-
-    def run(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        print(json.dumps([prompts, tokens]), file=self.process.stdin, flush=True)
-        return self.receive()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def begin(way: str, folder: Path, dtype: str, most: int) -> EngineProcess:
+    """It is ready when it has answered for the first time."""
+    variables, speculative = WAYS[way]
+    task = {"folder": str(folder), "dtype": dtype, "speculative": speculative, "most": most}
+    return EngineProcess("benchmarks.cpu_modes", task, variables)
 
 
 def serve(task: dict[str, Any]) -> None:
@@ -99,10 +71,8 @@ def serve(task: dict[str, Any]) -> None:
     sizes = {"max_model_len": 1024, "max_num_seqs": task["most"], "kv_cache_memory_bytes": 1 << 30}
     sizes["max_num_batched_tokens"] = 128  # vLLM first reads that many, to see what memory it takes
     engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
-    print("RESULT {}", flush=True)
     asked = 0
-    for line in sys.stdin:
-        prompts, tokens = json.loads(line)
+    for prompts, tokens in questions():
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         said: dict[str, list[int]] = {}
         for prompt in prompts:
@@ -116,7 +86,7 @@ def serve(task: dict[str, Any]) -> None:
                 said[output.request_id] = list(output.outputs[0].token_ids)
             steps += 1
         seconds = time.perf_counter() - started
-        print("RESULT", json.dumps({"seconds": seconds, "steps": steps, "said": list(said.values())}), flush=True)
+        answer({"seconds": seconds, "steps": steps, "said": list(said.values())})
 
 
 def asked_prompts(rounds: int) -> dict[str, list[list[int]]]:
@@ -139,25 +109,25 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
     """Which ways do not say what stock vLLM says, in float32 and with the tiny model itself."""
     said = {}
     for way in WAYS:
-        engine = Engine(way, TINY, "float32", 8)
+        engine = begin(way, TINY, "float32", 8)
         engine.receive()
-        said[way] = [engine.run(some[:1], tokens)["said"] for some in prompts.values()]
+        said[way] = [engine.ask(some[:1], tokens)["said"] for some in prompts.values()]
         engine.close()
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
 
 
 def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[int]]], args: Any) -> None:
     ways = [way for way in WAYS if way in args.ways]
-    engines = {way: Engine(way, folder, args.dtype, max(args.at_once)) for way in ways}
+    engines = {way: begin(way, folder, args.dtype, max(args.at_once)) for way in ways}
     for engine in engines.values():
         engine.receive()
     for engine in engines.values():
-        engine.run([prompts["counting"][0]], 48)  # compiles and allocates
+        engine.ask([prompts["counting"][0]], 48)  # compiles and allocates
     turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]
     for n, kind, at in tqdm(turns, desc="turns"):
         some = [prompts[kind][(at + which) % len(prompts[kind])] for which in range(n)]
         for way, engine in engines.items():
-            found = engine.run(some, args.tokens)
+            found = engine.ask(some, args.tokens)
             said = sum(map(len, found.pop("said"))) - n  # the first token comes of the prompt
             evidence.rounds.append({"way": way, "at_once": n, "class": kind, "round": at, "tokens": said, **found})
         evidence.write()

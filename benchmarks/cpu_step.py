@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_process import EngineProcess, answer, questions
 from benchmarks.evidence import ROOT, Evidence, default_path
 
 TINY = ROOT / "examples" / "tiny-orthrus"
@@ -42,39 +42,11 @@ class StepEvidence(Evidence):
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-class Engine:
-    """In a process of its own, which runs a round whenever it is asked to."""
-
-    def __init__(self, way: str, dtype: str) -> None:
-        variables, speculative = WAYS[way]
-        task = {"dtype": dtype, "speculative": speculative}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cpu_step", "--serve", json.dumps(task)],
-            cwd=ROOT,
-            env=os.environ | variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.receive()
-
-    def receive(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("RESULT "):
-                found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-                return found
-        raise RuntimeError("the engine has ended; its last words are above")
-
-    def run(self, prompt: str, tokens: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        print(json.dumps([prompt, tokens]), file=self.process.stdin, flush=True)
-        return self.receive()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def start(way: str, dtype: str) -> EngineProcess:
+    variables, speculative = WAYS[way]
+    engine = EngineProcess("benchmarks.cpu_step", {"dtype": dtype, "speculative": speculative}, variables)
+    engine.receive()
+    return engine
 
 
 def serve(task: dict[str, Any]) -> None:
@@ -87,9 +59,7 @@ def serve(task: dict[str, Any]) -> None:
         options["speculative_config"] = {"method": "orthrus", "model": str(TINY / "head"), **task["speculative"]}
     sizes = {"max_model_len": 1024, "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
     engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
-    print("RESULT {}", flush=True)
-    for request, line in enumerate(sys.stdin):
-        prompt, tokens = json.loads(line)
+    for request, (prompt, tokens) in enumerate(questions()):
         engine.add_request(str(request), prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
         times, busy, said = [], [], []
         while engine.has_unfinished_requests():
@@ -100,7 +70,7 @@ def serve(task: dict[str, Any]) -> None:
             said = list(outputs[0].outputs[0].token_ids) if outputs else said
         # The first step reads the prompt.
         found = {"step": statistics.median(times[1:]) * 1e3, "processor": statistics.median(busy[1:]) * 1e3}
-        print("RESULT", json.dumps(found | {"said": said, "steps": len(times) - 1}), flush=True)
+        answer(found | {"said": said, "steps": len(times) - 1})
 
 
 def prompts(count: int) -> list[str]:
@@ -112,20 +82,20 @@ def differences(tokens: int) -> list[str]:
     """Which ways do not say what stock vLLM says, in float32."""
     said: dict[str, list[list[int]]] = {}
     for way in WAYS:
-        engine = Engine(way, "float32")
-        said[way] = [engine.run(prompt, tokens)["said"] for prompt in prompts(4)]
+        engine = start(way, "float32")
+        said[way] = [engine.ask(prompt, tokens)["said"] for prompt in prompts(4)]
         engine.close()
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
 
 
 def measure(evidence: StepEvidence, rounds: int, tokens: int) -> None:
-    engines = {way: Engine(way, "bfloat16") for way in WAYS}
+    engines = {way: start(way, "bfloat16") for way in WAYS}
     asked = prompts(rounds)
     for engine in engines.values():
-        engine.run(asked[0], tokens)  # compiles and allocates
+        engine.ask(asked[0], tokens)  # compiles and allocates
     for prompt in asked:
         for way, engine in engines.items():
-            found = engine.run(prompt, tokens)
+            found = engine.ask(prompt, tokens)
             per_step = (tokens - 1) / found["steps"]
             measured = {"step": found["step"], "processor": found["processor"], "tokens_per_step": per_step}
             evidence.rounds.setdefault(way, []).append(measured)
