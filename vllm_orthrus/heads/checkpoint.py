@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from vllm_orthrus.heads.config import HeadConfig, Layout, layout_of
 from vllm_orthrus.heads.errors import HeadError
-from vllm_orthrus.heads.files import Files
+from vllm_orthrus.heads.files import Files, open_tensors
 from vllm_orthrus.heads.tensors import check_tensors, is_head_tensor
+
+DTYPES = ("BF16", "F16", "F32")
 
 
 class HeadCheckpoint(NamedTuple):
@@ -29,7 +30,7 @@ class HeadCheckpoint(NamedTuple):
         for name, path in self.files.items():
             by_file.setdefault(path, []).append(name)
         for path, names in by_file.items():
-            with safe_open(path, framework="pt", device=str(device)) as shard:
+            with open_tensors(path, device) as shard:
                 for name in names:
                     yield name, shard.get_tensor(name)
 
@@ -37,14 +38,19 @@ class HeadCheckpoint(NamedTuple):
         """Shapes from the files' headers, without reading the data."""
         found: dict[str, tuple[int, ...]] = {}
         for path in set(self.files.values()):
-            with safe_open(path, framework="pt") as shard:
-                found |= {
-                    name: tuple(shard.get_slice(name).get_shape()) for name in self.files if self.files[name] == path
-                }
+            with open_tensors(path) as shard:
+                for name in (name for name, file in self.files.items() if file == path):
+                    tensor = shard.get_slice(name)
+                    if tensor.get_dtype() not in DTYPES:
+                        raise HeadError(
+                            f"{path}: {name} is stored as {tensor.get_dtype()}, and a head's weights are one of "
+                            f"{', '.join(DTYPES)}. Convert the head."
+                        )
+                    found[name] = tuple(tensor.get_shape())
         return found
 
     def check_complete(self) -> None:
-        """Raise unless exactly the tensors that this head's base calls for are there, each in its shape."""
+        """Raise unless exactly the tensors that this head's base calls for are there, as floats and in their shapes."""
         check_tensors(self.shapes(), self.config.shape, self.source)
 
 

@@ -74,9 +74,12 @@ class HeadConfig:
                 f"{source}: config.json has no {' and no '.join(missing)}, which every Orthrus head states at its top "
                 "level. Give an Orthrus head, or add them."
             )
+        for key in ("block_size", "mask_token_id"):
+            if type(config[key]) is not int:
+                raise HeadError(f"{source}: config.json has {key}={config[key]!r}, which must be a whole number.")
         if layout_of(config) == "head-only":
-            base_config, verifier = config["transformer_layer_config"], config["speculators_config"]["verifier"]
-            name, revision = verifier["name_or_path"], verifier.get("revision")
+            base_config, verifier = _base_of(config, source)
+            name, revision = verifier.get("name_or_path"), verifier.get("revision")
         else:
             base_config = {key: value for key, value in config.items() if key not in _MERGED_ONLY}
             base_config["architectures"] = ARCHITECTURES.get(config.get("model_type", ""), [])
@@ -125,6 +128,21 @@ class HeadConfig:
         return [
             f"{base_name} differs from the base this head was trained for in {where}: expect fewer accepted drafts."
         ]
+
+
+def _base_of(config: Mapping[str, Any], source: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The base's own config, and how a head-only config names it."""
+    base_config, speculators = config.get("transformer_layer_config"), config["speculators_config"]
+    verifier = speculators.get("verifier") if isinstance(speculators, Mapping) else None
+    if not isinstance(base_config, dict) or not isinstance(verifier, dict):
+        raise HeadError(
+            f"{source}: config.json must hold the base's config under `transformer_layer_config`, and its name under "
+            "`speculators_config`, `verifier`. Extract the head anew with `vllm-orthrus head extract`."
+        )
+    for key in ("name_or_path", "revision"):
+        if not isinstance(verifier.get(key), str | None):
+            raise HeadError(f"{source}: config.json names the base by {key}={verifier[key]!r}, which must be text.")
+    return base_config, verifier
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:

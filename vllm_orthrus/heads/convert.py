@@ -23,6 +23,7 @@ def extract_head(
     checkpoint: HeadCheckpoint, folder: Path, base: str | None, revision: str | None, dtype: torch.dtype | None = None
 ) -> HeadConfig:
     """Write the head of a checkpoint of either layout alone; `base` and `revision` say which base it belongs to."""
+    checkpoint.check_complete()
     name = base or checkpoint.config.base.name
     if name is None:
         raise HeadError(f"{checkpoint.source} doesn't say which base it was trained for. Name it with --base.")
@@ -41,6 +42,7 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
     if not base.is_dir():
         raise HeadError(f"the base {base} is not a folder here. Download it first and give its folder.")
     base_config = Files(str(base)).config()
+    checkpoint.check_complete()
     checkpoint.config.check_fits(base_config, str(base))
     if folder.exists() and any(folder.iterdir()):
         raise HeadError(f"{folder} is not empty. Name a new folder for the merged checkpoint.")

@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vllm_orthrus.heads.errors import HeadError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `HeadError` for anything else, and for what is not JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
+        raise HeadError(f"{path} is not JSON ({error}). Copy or download it anew.") from error
+    if not isinstance(content, dict):
+        raise HeadError(f"{path} holds {type(content).__name__}, not a JSON object. Copy or download it anew.")
+    return content
+
+
+@contextmanager
+def open_tensors(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
+    """A safetensors file; raises `HeadError` if it, or a tensor read from it meanwhile, is damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise HeadError(f"{path} is damaged ({error}). Copy or download it anew.") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise HeadError(f"{index} has no `weight_map` from names to files. Copy or download it anew.")
+    for file in set(listed.values()):
+        if PurePosixPath(file).name != file or not file.endswith(".safetensors"):
+            raise HeadError(
+                f"{index} names {file!r}, and a checkpoint's weights are .safetensors files beside their index. "
+                "Get the checkpoint from whom you trust."
+            )
+    return listed
 
 
 class Files(NamedTuple):
@@ -43,19 +80,17 @@ class Files(NamedTuple):
         return path
 
     def config(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.get(CONFIG).read_text())
-        return content
+        return read_json(self.get(CONFIG))
 
     def file_of(self) -> dict[str, str]:
         """Which file holds which tensor. Empty where there are no safetensors files."""
         index = self.find(WEIGHTS_INDEX)
         if index is not None:
-            listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return listed
+            return _weight_map(index)
         weights = self.find(WEIGHTS)
         if weights is None:
             return {}
-        with safe_open(weights, framework="pt") as tensors:
+        with open_tensors(weights) as tensors:
             return dict.fromkeys(tensors.keys(), WEIGHTS)
 
     def _download(self, name: str) -> Path | None:

@@ -32,15 +32,15 @@ def resolve_head(base: str) -> str | None:
 
 def _user_heads() -> dict[str, str]:
     named = os.environ.get(HEAD_MAP_VARIABLE)
-    settings = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser()
+    settings = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     path = Path(named) if named else settings / "vllm-orthrus" / "heads.json"
     if not path.is_file():
         if named:
             raise HeadError(f"{HEAD_MAP_VARIABLE}={named} names no file. Point it at a JSON file, or unset it.")
         return {}
     try:
-        heads = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        heads = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise HeadError(
             f'{path} is not JSON ({error}). It must hold an object such as {{"my/base": "my/head"}}.'
         ) from error
