@@ -63,7 +63,8 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
             runner.initialize_kv_cache(cache_of(runner, blocks=1000))
             stage("cache")
             draft_pass = speculator.draft_pass
-            draft_pass.compute(4, draft_pass.attention.begin(speculator.rows.blocks(4, 4096)))
+            context = draft_pass.attention.begin(speculator.rows.blocks(4, 4096))
+            draft_pass.compute(4, context, speculator.shape.block)
             stage("draft")
             speculator.drafting.match_and_draft(4)
             stage("outcome")
