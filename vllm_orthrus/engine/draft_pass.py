@@ -60,8 +60,9 @@ class DraftPass:
 
     def _width(self, drafts: int | None) -> int:
         """Rows of a block: one for each draft, if fewer than all are wanted. Narrow blocks draft no worse."""
-        narrow = drafts is not None and drafts < self.shape.drafts and self.attention.takes_any_width
-        return drafts if narrow and drafts is not None else self.shape.block
+        if drafts is None or drafts >= self.shape.drafts or not self.attention.takes_any_width:
+            return self.shape.block
+        return drafts
 
     def compute(self, num_reqs: int, context: ForwardInputs, width: int) -> None:
         """The pass itself, on buffers only: this is what a CUDA graph captures."""

@@ -4,6 +4,7 @@ import torch
 
 from vllm_orthrus.engine.draft_rows import DraftRows
 from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.view import DiffusionView
 from vllm_orthrus.engine.vllm import DraftModelSpeculator
 
 
@@ -15,6 +16,12 @@ class DraftSampler:
         room, device = rows.capacity, rows.input_ids.device
         self.drafts = torch.zeros(room, shape.drafts, dtype=torch.int64, device=device)
         self.columns = torch.arange(shape.drafts, dtype=torch.int32, device=device).repeat(room, 1)
+
+    def sample_block(self, num_reqs: int, hidden: torch.Tensor, view: DiffusionView) -> None:
+        """From the rows of a draft pass [num_reqs, block, hidden]. A draw is keyed by the position of its row."""
+        drafting = hidden[:, : self.shape.drafts]
+        keys = self.rows.positions[:num_reqs, : drafting.shape[1]]
+        self.sample(num_reqs, view.compute_logits(drafting.flatten(0, 1)), keys)
 
     def sample(self, num_reqs: int, logits: torch.Tensor, keys: torch.Tensor) -> None:
         """logits [num_reqs * n, vocabulary] of the first n drafts; keys [num_reqs, n], of the draws.

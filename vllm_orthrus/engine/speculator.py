@@ -79,7 +79,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         return view
 
     def _two_passes(self, view: DiffusionView) -> Drafting:
-        return TwoPasses(view, self.shape, self.rows, self.sampler, self.use_local_argmax_reduction)
+        return TwoPasses(view, self.shape, self.sampler, self.use_local_argmax_reduction)
 
     def _keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
         self.drafting.keep(num_reqs, hidden)

@@ -2,7 +2,6 @@
 
 import torch
 
-from vllm_orthrus.engine.draft_rows import DraftRows
 from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
 from vllm_orthrus.engine.graphs import OutcomeGraphs
 from vllm_orthrus.engine.sampler import DraftSampler
@@ -14,21 +13,17 @@ from vllm_orthrus.engine.vllm import InputBatch
 class TwoPasses(Drafting):
     takes_narrow_blocks = True
 
-    def __init__(
-        self, view: DiffusionView, shape: DraftShape, rows: DraftRows, sampler: DraftSampler, local_argmax: bool
-    ) -> None:
+    def __init__(self, view: DiffusionView, shape: DraftShape, sampler: DraftSampler, local_argmax: bool) -> None:
         """local_argmax: each rank finds the likeliest token of its part of the vocabulary, and logits stay apart."""
-        self.view, self.shape, self.rows, self.sampler, self.local_argmax = view, shape, rows, sampler, local_argmax
+        self.view, self.shape, self.sampler, self.local_argmax = view, shape, sampler, local_argmax
 
     def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
-        num_drafts = min(hidden.shape[1], self.shape.drafts)
-        drafting = hidden[:, :num_drafts].flatten(0, 1)
         if self.local_argmax:
-            self.sampler.drafts[:num_reqs, :num_drafts] = self.view.get_top_tokens(drafting).view(num_reqs, -1)
+            drafting = hidden[:, : self.shape.drafts]
+            found = self.view.get_top_tokens(drafting.flatten(0, 1)).view(num_reqs, -1)
+            self.sampler.drafts[:num_reqs, : found.shape[1]] = found
             return
-        # A draw is keyed by the position of the row it comes from.
-        keys = self.rows.positions[:num_reqs, :num_drafts]
-        self.sampler.sample(num_reqs, self.view.compute_logits(drafting), keys)
+        self.sampler.sample_block(num_reqs, hidden, self.view)
 
     def finish(self, num_reqs: int, turn: Turn) -> None:
         """The pass has sampled already."""

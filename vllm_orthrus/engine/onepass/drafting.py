@@ -136,9 +136,7 @@ class OnePassDrafting(Drafting):
         self.draft_passes += len(turn.slots)
         if num_reqs < turn.together or self.shape.num_hypotheses(turn.together) == 0:
             # The next verification has no room for blocks, so nothing need be remembered.
-            drafting = self.drafted[:num_reqs, : self.shape.drafts].flatten(0, 1)
-            keys = self.rows.positions[:num_reqs, : self.shape.drafts]
-            self.sampler.sample(num_reqs, self.view.compute_logits(drafting), keys)
+            self.sampler.sample_block(num_reqs, self.drafted[:num_reqs], self.view)
             return
         new = async_tensor_h2d(turn.new, self.drafted.device)
         self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
