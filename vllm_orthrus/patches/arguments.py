@@ -15,6 +15,10 @@ METHOD = "orthrus"
 PROBABILISTIC_REQUESTS = 256
 
 
+def is_ours(speculative_config: Any) -> bool:
+    return speculative_config is not None and speculative_config.method == METHOD
+
+
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:

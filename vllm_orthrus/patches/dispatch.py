@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
 
 UPSTREAM = "https://github.com/vllm-project/vllm/issues/43786"
@@ -13,7 +13,7 @@ UPSTREAM = "https://github.com/vllm-project/vllm/issues/43786"
 def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if vllm_config.speculative_config.method != METHOD:
+        if not is_ours(vllm_config.speculative_config):
             return original(vllm_config, device, req_states)
         from vllm_orthrus.engine.speculator import OrthrusSpeculator
         from vllm_orthrus.patches.metrics import count_in_this_worker
@@ -28,7 +28,7 @@ def _v1_unsupported(original: Callable[..., list[str]]) -> Callable[..., list[st
     @wraps(original)
     def _get_v1_model_runner_unsupported_features(self: Any) -> list[str]:
         unsupported = original(self)
-        if self.speculative_config is not None and self.speculative_config.method == METHOD:
+        if is_ours(self.speculative_config):
             unsupported.append("method 'orthrus' (leave VLLM_USE_V2_MODEL_RUNNER unset)")
         return unsupported
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, is_property, takes
 
 
@@ -12,7 +12,7 @@ def _set_max_num_scheduled_tokens(original: Callable[..., None]) -> Callable[...
     @wraps(original)
     def _set_max_num_scheduled_tokens(self: Any) -> None:
         spec = self.speculative_config
-        if spec is not None and spec.method == METHOD:
+        if is_ours(spec):
             budget, block = self.scheduler_config.max_num_batched_tokens, spec.orthrus_block_size
             if budget < block:
                 raise ValueError(
@@ -28,7 +28,7 @@ def _num_lookahead_tokens(original: property) -> property:
     @wraps(original.fget)  # type: ignore[arg-type]
     def num_lookahead_tokens(self: Any) -> int:
         spec = self.speculative_config
-        if spec is not None and spec.method == METHOD:
+        if is_ours(spec):
             return int(spec.slots_written_ahead)
         return int(original.fget(self))  # type: ignore[misc]
 

@@ -19,7 +19,7 @@ from functools import wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
-from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, apply_all, takes
 
 logger = logging.getLogger("vllm.orthrus")
@@ -71,7 +71,7 @@ def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output = original(self, grammar_output)
-        if output is not None and _is_ours(self.speculative_config):
+        if output is not None and is_ours(self.speculative_config):
             output.model_runner_output.orthrus = self.speculator.counts()
         return output
 
@@ -111,7 +111,7 @@ def _init_prom(original: Callable[..., None]) -> Callable[..., None]:
         is_diffusion: bool = False,
     ) -> None:
         original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
-        if _is_ours(speculative_config) and speculative_config.orthrus_passes == "one":
+        if is_ours(speculative_config) and speculative_config.orthrus_passes == "one":
             self.orthrus = _make_counters(self._counter_cls, labelnames, per_engine_labelvalues)
 
     return __init__
@@ -179,10 +179,6 @@ def _log(original: Callable[..., None]) -> Callable[..., None]:
         )
 
     return log
-
-
-def _is_ours(speculative_config: Any) -> bool:
-    return speculative_config is not None and speculative_config.method == METHOD
 
 
 _UPSTREAM = "vLLM has stat logger plugins for the front end, and no way for a speculator to reach them"

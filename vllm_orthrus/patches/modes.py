@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_orthrus.patches.arguments import METHOD
+from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
 from vllm_orthrus.policy.modes import ModePolicy, Step
 
@@ -53,7 +53,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *arguments: Any, **named: Any) -> None:
         original(self, *arguments, **named)
         config = self.vllm_config.speculative_config
-        if config is not None and config.method == METHOD and config.orthrus_modes:
+        if is_ours(config) and config.orthrus_modes:
             self.dynamic_sd_lookup = AskPolicy(self, ModePolicy(config.orthrus_modes, config.rows_per_forward))
 
     return __init__
