@@ -116,12 +116,13 @@ class Clock:
     def seconds(self, requests: int, modes: Sequence[int]) -> dict[int, float]:
         """Of a step in each mode. If nothing was timed yet, in forwards of one row."""
         size = _size(requests)
-        forward, row = self._line(size)
-        found = {}
-        for drafts in modes:
-            seen, known = self.times.get((drafts, size), (0, 0.0))
-            forwards, rows = _work(drafts, size)
-            found[drafts] = known if seen >= TIMED else forward * forwards + row * rows
+        timed = {drafts: self.times.get((drafts, size), (0, 0.0)) for drafts in modes}
+        found = {drafts: known for drafts, (seen, known) in timed.items() if seen >= TIMED}
+        if len(found) < len(modes):
+            forward, row = self._line(size)
+            for drafts in modes:
+                forwards, rows = _work(drafts, size)
+                found.setdefault(drafts, forward * forwards + row * rows)
         return found
 
     def _line(self, size: int) -> tuple[float, float]:
