@@ -16,7 +16,6 @@ the scaled norms are rounded. Products of zeros draw less power than others, so 
 are a little too good.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from vllm_orthrus.heads import (
@@ -40,6 +38,7 @@ from vllm_orthrus.heads import (
     write_json,
     write_tensors,
 )
+from vllm_orthrus.heads.files import CONFIG, open_tensors, read_json
 
 CONSTANT = 2.0**-10  # of the spare hidden value: its square is nothing beside the others'
 LOUD = 2.0**12  # what the last norm multiplies it by, and lm_head once more, to below every real logit
@@ -235,10 +234,9 @@ def widen_head(head: Path, widening: Widening, folder: Path) -> None:
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((base / "config.json").read_text())
-    return config
+    return read_json(base / CONFIG)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, framework="pt") as opened:
+    with open_tensors(file) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
