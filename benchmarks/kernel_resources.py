@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -308,12 +309,13 @@ def main() -> int:
     if options.pinned or options.triton:
         passed = ["--quick"] * options.quick + (["--gpu", options.gpu] if options.gpu else [])
         versions = list(PINNED) if options.pinned else [options.triton]
-        evidence = {version: with_triton(version, passed) for version in versions}
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as side_by_side:  # each is a process of its own
+            found = side_by_side.map(with_triton, versions, itertools.repeat(passed))
+        evidence = dict(zip(versions, found, strict=True))
         green = {version: reports for version, reports in evidence.items() if reports is not None}
         if options.write and len(green) == len(evidence):
             write_table(green)
         return int(len(green) < len(evidence))
-    print(f"Triton {triton.__version__}", flush=True)
     reports, red = [], 0
     for gpu in GPUS:
         if options.gpu in (None, gpu.name):
@@ -321,7 +323,7 @@ def main() -> int:
                 reports.append(report(form, gpu))
                 problems = faults(reports[-1])
                 red += bool(problems)
-                print(row(reports[-1:]), *problems, flush=True)
+                print(f"Triton {triton.__version__}", row(reports[-1:]), *problems, flush=True)
     if options.json:
         options.json.write_text(json.dumps(reports))
     return 1 if red else 0
