@@ -223,11 +223,12 @@ def all_forms(gpu: Gpu) -> list[Form]:
 
 
 def quick_forms(gpu: Gpu) -> list[Form]:
-    """The pass that needs most of a GPU; with the GPU that most will have, all that one request launches."""
+    """The passes that need most of a GPU; with the GPU that most will have, all that one request launches."""
     shapes = [shape for shape in released_shapes() if shape.num_reqs == 1 and shape.groups == 4]
+    widest = [max(OTHERS, key=lambda shape: shape.head_dim)]
     if gpu.name == "sm_90":
-        return forms(shapes, [1], gpu, fp8=False)
-    return [form for form in forms(shapes[-1:], [], gpu, fp8=True) if form.kernel == "attend"]
+        return forms([*shapes, *widest], [1], gpu, fp8=False)
+    return [form for form in forms([shapes[-1], *widest], [], gpu, fp8=True) if form.kernel == "attend"]
 
 
 def faults(report: Report) -> list[str]:

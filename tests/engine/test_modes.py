@@ -9,7 +9,8 @@ from tests.engine.conftest import Checkpoints, StartEngine
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus.engine.config import default_modes
 from vllm_orthrus.patches.modes import AskPolicy
-from vllm_orthrus.policy.modes import ModePolicy, Step
+from vllm_orthrus.policy.clock import Step
+from vllm_orthrus.policy.modes import ModePolicy
 
 
 def policy_of(engine: Engine) -> ModePolicy:
@@ -35,7 +36,7 @@ def take_turns(policy: ModePolicy, patch: pytest.MonkeyPatch) -> list[int]:
     pairs = [mode for one in policy.modes for other in policy.modes for mode in (one, other)]
     turns = cycle(pairs)
 
-    def choose(requests: Any) -> int:
+    def choose(requests: Any, context: float) -> int:
         chosen.append(next(turns))
         return chosen[-1]
 
@@ -107,8 +108,8 @@ def test_drafts_that_do_not_pay_are_soon_given_up(start: StartEngine, tiny: Chec
     engine = start({"method": "orthrus", "model": str(tiny.block_head)})
     assert ends_plain(engine, monkeypatch)
     policy = policy_of(engine)
-    assert len(policy.kept.row) <= 1, "of requests that have ended nothing is kept, once the next step is planned"
-    seconds = policy.clock.seconds(1, policy.modes)
+    assert len(policy.kept.alone.row) <= 1, "of requests that have ended nothing is kept, once the next step is planned"
+    seconds = policy.clock.seconds(1, 40, policy.modes)
     assert 0 < seconds[0] < seconds[policy.modes[-1]]
 
     # A planted fault: a clock that takes slow for fast.

@@ -6,10 +6,23 @@ from itertools import count
 
 import pytest
 
-from vllm_orthrus.policy.modes import ModePolicy, Step
+from vllm_orthrus.policy.clock import Costs, Step
+from vllm_orthrus.policy.modes import ModePolicy
 
 MODES = (0, 3, 7, 15)
 Chance = Callable[[int], float]  # that a draft is kept behind so many tokens
+
+
+def costs(rows_per_forward: float) -> Costs:
+    """Of a machine on which so many rows take as long again as a forward of one; contexts cost nothing."""
+
+    def forward(rows: int) -> float:
+        return 1 + (rows - 1) / rows_per_forward
+
+    def step(drafts: int, requests: int, context: float) -> float:
+        return forward(requests * (drafts + 1)) + (forward(requests * drafts) if drafts else 0)
+
+    return step
 
 
 class Machine:
@@ -31,7 +44,7 @@ class Machine:
         names = [next(self.names) for _ in range(requests)]
         said, clock, verified = dict.fromkeys(names, 0), 0.0, 0
         while min(said.values()) < tokens:
-            drafting = self.policy.choose(names)
+            drafting = self.policy.choose(names, 1000)
             self.modes.append(drafting)
             spent = self.seconds(requests, verified, drafting) * (1 + self.noise * self.random.random())
             for name in names:
@@ -41,7 +54,7 @@ class Machine:
                 said[name] += accepted + 1
                 if verified:
                     self.policy.verified(name, verified, accepted)
-            self.policy.observe(Step(requests, verified, drafting, spent))
+            self.policy.observe(Step(requests, 1000, verified, drafting, spent))
             clock, verified = clock + spent, drafting
         for name in names:
             self.policy.finished(name)
@@ -60,7 +73,7 @@ class Machine:
 
 
 def test_predictable_text_is_drafted_far() -> None:
-    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
     rate = machine.serve(lambda said: 0.95, 2000)
     mode, best = machine.best(lambda said: 0.95)
     assert rate >= 0.95 * best > 1.8
@@ -69,7 +82,7 @@ def test_predictable_text_is_drafted_far() -> None:
 
 @pytest.mark.parametrize("wrong", [4, 100])
 def test_a_wrong_idea_of_the_machine_is_corrected(wrong: float) -> None:
-    machine = Machine(ModePolicy(MODES, wrong), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(wrong)), rows_per_forward=20)
     machine.serve(lambda said: 0.9, 300)
     assert machine.serve(lambda said: 0.9, 2000) >= 0.95 * machine.best(lambda said: 0.9)[1]
 
@@ -77,7 +90,7 @@ def test_a_wrong_idea_of_the_machine_is_corrected(wrong: float) -> None:
 @pytest.mark.parametrize("requests", [1, 2, 8, 64])
 def test_never_much_slower_than_plain(requests: int) -> None:
     """Text that no draft foresees; the first answers, too."""
-    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
     plain = machine.fixed(0, lambda said: 0.1, requests)
     assert machine.serve(lambda said: 0.1, 128, requests) >= 0.9 * plain
     assert machine.serve(lambda said: 0.1, 1000, requests) >= 0.97 * plain
@@ -86,7 +99,7 @@ def test_never_much_slower_than_plain(requests: int) -> None:
 
 def test_classes_in_turn() -> None:
     """Hard text does not keep easy text behind it from being drafted, nor the other way round."""
-    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
     machine.serve(lambda said: 0.1, 1000)
     for chance in (0.95, 0.1, 0.95, 0.1):
         rate = machine.serve(lambda said, chance=chance: chance, 256)
@@ -94,22 +107,22 @@ def test_classes_in_turn() -> None:
 
 
 def test_text_that_changes_its_nature_is_noticed() -> None:
-    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
     machine.serve(lambda said: 0.05 if said < 500 else 0.95, 2000)
     assert sum(mode == 15 for mode in machine.modes[-50:]) > 40
 
 
 def test_pauses_of_the_machine_change_nothing() -> None:
-    machine = Machine(ModePolicy(MODES, 20), rows_per_forward=20)
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
     machine.serve(lambda said: 0.95, 500)
-    before = machine.policy.choose(["a"])
+    before = machine.policy.choose(["a"], 1000)
     assert before > 0
-    machine.policy.observe(Step(1, before, before, 500.0))
-    assert machine.policy.choose(["a"]) == before
+    machine.policy.observe(Step(1, 1000, before, before, 500.0))
+    assert machine.policy.choose(["a"], 1000) == before
 
 
 def test_what_cannot_pay_is_not_tried() -> None:
-    machine = Machine(ModePolicy(MODES, 4), rows_per_forward=4)
+    machine = Machine(ModePolicy(MODES, costs(4)), rows_per_forward=4)
     machine.serve(lambda said: 0.95, 500, requests=256)
     assert set(machine.modes[20:]) == {0}
 
@@ -123,6 +136,6 @@ def test_planted_fault_inverted_costs() -> None:
             self.policy.observe = lambda step: observe(step._replace(seconds=1 / step.seconds))  # type: ignore[method-assign]
             return super().serve(*arguments, **named)  # type: ignore[arg-type]
 
-    machine = Inverted(ModePolicy(MODES, 20), rows_per_forward=2)
+    machine = Inverted(ModePolicy(MODES, costs(20)), rows_per_forward=2)
     rate = machine.serve(lambda said: 0.1, 1000, 8)
     assert rate < 0.9 * machine.fixed(0, lambda said: 0.1, 8)

@@ -1,4 +1,4 @@
-"""`vllm-orthrus simulate`: tokens per forward of one pass and of two, measured with the reference model."""
+"""`vllm-orthrus simulate`: what one pass and two give, in tokens by the reference model and in time by the roofline."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def add_parser(subparsers: Any) -> None:
     simulate.add_argument("--group", action="append", default=[], help="NAME=CLASS,CLASS: show these classes together")
     simulate.add_argument("--batch", type=int, default=64)
     simulate.add_argument("--context", type=int, default=2048, help="tokens of KV cache in the modelled time")
+    simulate.add_argument(
+        "--time-on", nargs="+", default=["H200", "H100", "A100", "RTX 4090", "RTX 5090"], help="devices by name, or CPU"
+    )
     simulate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
     simulate.add_argument("--device", default="cpu")
     simulate.add_argument("--seed", type=int, default=0)
@@ -38,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
-    from vllm_orthrus.policy.cost import streamed_bytes, time_ratio
+    from vllm_orthrus.policy.cost import Mode, Model, step_seconds
+    from vllm_orthrus.policy.devices import find_device
     from vllm_orthrus.training.evaluate import Setting, decode, first_per_class, read_prompts
     from vllm_orthrus.training.reference import Reference, tokens_per_cycle
     from vllm_orthrus.training.simulator import OnePass, figures
@@ -48,7 +52,19 @@ def run(options: argparse.Namespace) -> int:
     groups = _groups([prompt.kind for prompt in prompts], options.group)
     reference = Reference.from_pretrained(options.base, options.head, getattr(torch, options.dtype), options.device)
     stop = [tokenizer.eos_token_id]
-    heads = {name: streamed_bytes(head_weight_bytes=size, context=options.context) for name, size in HEAD_BYTES}
+    devices, model = [find_device(name) for name in options.time_on], Model()
+    block = options.width or reference.config.block_size
+    drafts = options.drafts or max(1, min(block, reference.config.num_drafts))
+
+    def gains(tokens: float, num_hypotheses: int) -> dict[str, float]:
+        """Tokens per second, against plain decoding, with so many tokens in a step of one request."""
+        mode = Mode(drafts, block, num_hypotheses)
+        seconds = {
+            device.name: [step_seconds(device, model, one, 1, options.context) for one in (Mode(0), mode)]
+            for device in devices
+        }
+        return {name: tokens * plain / step for name, (plain, step) in seconds.items()}
+
     found: list[dict[str, Any]] = []
     for temperature in options.temperature:
         setting = Setting(
@@ -65,13 +81,19 @@ def run(options: argparse.Namespace) -> int:
             name: tokens_per_cycle([cycle for place in places for cycle in generations[place].cycles]) / 2
             for name, places in groups.items()
         }
-        print(f"\nT={temperature}: tokens per forward; plain decoding is 1")
-        print(HEADINGS)
+        print(
+            f"\nT={temperature}: tokens per forward, and per second by the roofline of an 8B model; plain decoding is 1"
+        )
+        print(HEADINGS + "".join(f"{device.name:>10}" for device in devices))
         for num_hypotheses in options.hypotheses:
             if num_hypotheses == 0:
                 for name, value in two_pass.items():
-                    print(f"{0:>3}  {name:<12}{value:>8.2f}{1:>8.2f}")
-                    found.append({"temperature": temperature, "hypotheses": 0, "class": name, "tokens/forward": value})
+                    times = gains(2 * value, 0)
+                    print(f"{0:>3}  {name:<12}{value:>8.2f}{1:>8.2f}{'':>28}" + _columns(times))
+                    found.append(
+                        {"temperature": temperature, "hypotheses": 0, "class": name}
+                        | {"tokens/forward": value, "time": times}
+                    )
                 continue
             generator = torch.Generator(options.device).manual_seed(options.seed)
             loop = OnePass(
@@ -89,14 +111,10 @@ def run(options: argparse.Namespace) -> int:
             for name, places in groups.items():
                 result = figures([runs[place] for place in places])
                 ratio = result.tokens_per_forward / two_pass[name]
-                times = {
-                    head: time_ratio(result.tokens_per_forward, two_pass[name], streamed)
-                    for head, streamed in heads.items()
-                }
+                times = gains(result.tokens_per_forward, num_hypotheses)
                 print(
                     f"{num_hypotheses:>3}  {name:<12}{result.tokens_per_forward:>8.2f}{ratio:>8.2f}{result.hit:>8.2f}"
-                    f"{result.count_missed:>10.2f}{result.bonus_missed:>10.2f}"
-                    + "".join(f"{value:>12.2f}" for value in times.values())
+                    f"{result.count_missed:>10.2f}{result.bonus_missed:>10.2f}" + _columns(times)
                 )
                 found.append(
                     {"temperature": temperature, "hypotheses": num_hypotheses, "class": name}
@@ -109,11 +127,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-HEAD_BYTES = (("bf16 head", 2), ("fp8 head", 1))
-HEADINGS = (
-    f"{'H':>3}  {'class':<12}{'tokens':>8}{'ratio':>8}{'hits':>8}{'no count':>10}{'no bonus':>10}"
-    f"{'time, bf16':>12}{'time, fp8':>12}"
-)
+HEADINGS = f"{'H':>3}  {'class':<12}{'tokens':>8}{'ratio':>8}{'hits':>8}{'no count':>10}{'no bonus':>10}"
+
+
+def _columns(times: dict[str, float]) -> str:
+    return "".join(f"{value:>10.2f}" for value in times.values())
 
 
 def _groups(kinds: Sequence[str], wanted: Sequence[str]) -> dict[str, list[int]]:

@@ -66,6 +66,10 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     decoding. Unset, and with `orthrus_passes` at "auto": as many as there are, half, a quarter and none, where nothing
     is captured for one of these alone; else always `num_speculative_tokens`. An empty list: always that."""
 
+    orthrus_time_modes: bool = True
+    """Time each mode before serving, where there is a choice: at most some 3 seconds on a GPU and 10 on a CPU, and only
+    once, as vLLM's cache folder keeps what was found. If not, a roofline stands in until steps have been timed."""
+
     orthrus_hypotheses: int = Field(default=8, ge=1, le=64)
     """Blocks per request that ride along with a verification, if `orthrus_rows` allows."""
 
@@ -210,11 +214,6 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 "num_speculative_tokens_per_batch_size nor enable_adaptive_verification, which decide the same. Leave "
                 "one of them out."
             )
-
-    @property
-    def rows_per_forward(self) -> float:
-        """Rows that take as long again as a forward of one: a first idea, which the clock corrects."""
-        return 150 if _compiles_kernels() else 20
 
     def _refuse_to_fuse(self) -> None:
         if self.orthrus_verification == "backend":

@@ -5,9 +5,11 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d, set_default_torch_dtype
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer, init_attn_backend
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
@@ -26,6 +28,8 @@ __all__ = [
     "InputBatch",
     "KVCacheConfig",
     "ModelConfig",
+    "Request",
+    "SamplingParams",
     "VllmConfig",
     "async_tensor_h2d",
     "build_attn_metadata",

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from vllm_orthrus.engine.costs import estimated_costs
 from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
-from vllm_orthrus.policy.modes import ModePolicy, Step
+from vllm_orthrus.policy.clock import Step
+from vllm_orthrus.policy.modes import ModePolicy
 
 _UPSTREAM = "vLLM's dynamic speculative decoding knows a table by batch size, and nothing of time or acceptance"
 _REMOVE_WHEN = "a plugin can state the number of speculative tokens of each step"
@@ -28,7 +30,8 @@ class AskPolicy:
 
     def __getitem__(self, batch_size: int) -> int:
         self.asked_at.append(time.perf_counter())
-        return self.policy.choose([request.request_id for request in self.scheduler.running])
+        running = self.scheduler.running
+        return self.policy.choose([request.request_id for request in running], _context(running))
 
     def learn(self, batch: Any, output: Any) -> None:
         """batch: of a step; output: what its forward and sampling gave."""
@@ -45,7 +48,12 @@ class AskPolicy:
         verified = {len(drafts.get(request, ())) for request in counts}
         decoded = all(count == 1 + len(drafts.get(request, ())) for request, count in counts.items())
         if decoded and not batch.scheduled_new_reqs and len(verified) == 1:
-            self.policy.observe(Step(len(counts), verified.pop(), batch.num_spec_tokens_to_schedule, seconds))
+            drafting, context = batch.num_spec_tokens_to_schedule, _context(self.scheduler.running)
+            self.policy.observe(Step(len(counts), context, verified.pop(), drafting, seconds))
+
+
+def _context(running: list[Any]) -> float:
+    return float(sum(request.num_computed_tokens for request in running)) / max(1, len(running))
 
 
 def _init(original: Callable[..., None]) -> Callable[..., None]:
@@ -54,7 +62,9 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *arguments, **named)
         config = self.vllm_config.speculative_config
         if is_ours(config) and config.orthrus_modes:
-            self.dynamic_sd_lookup = AskPolicy(self, ModePolicy(config.orthrus_modes, config.rows_per_forward))
+            self.dynamic_sd_lookup = AskPolicy(
+                self, ModePolicy(config.orthrus_modes, estimated_costs(self.vllm_config))
+            )
 
     return __init__
 
@@ -69,7 +79,31 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_from_output
 
 
+def _init_core(original: Callable[..., None]) -> Callable[..., None]:
+    @wraps(original)
+    def __init__(self: Any, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        ask, config = getattr(self.scheduler, "dynamic_sd_lookup", None), self.vllm_config.speculative_config
+        # A connector would hand on what the prompts leave in the cache.
+        if isinstance(ask, AskPolicy) and config.orthrus_time_modes and self.scheduler.connector is None:
+            from vllm_orthrus.engine import timing  # it imports what is patched when an engine starts
+
+            timing.teach(self, ask, config.orthrus_modes)
+
+    return __init__
+
+
 PATCHES = [
+    Patch(
+        target="vllm.v1.engine.core:EngineCore.__init__",
+        why="What a step takes is timed with whole steps, before the engine serves: the scheduler's part included.",
+        upstream=_UPSTREAM,
+        remove_when="an engine tells plugins that it is ready, before it serves",
+        check=takes(
+            "self", "vllm_config", "executor_class", "log_stats", "executor_fail_callback", "include_finished_set"
+        ),
+        replace=_init_core,
+    ),
     Patch(
         target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
         why="The scheduler decides how many drafts a step makes, by a table of its own.",

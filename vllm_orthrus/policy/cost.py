@@ -1,40 +1,157 @@
-"""What a forward costs."""
+"""What forwards and steps cost: a roofline over the parts that a forward is made of.
+
+    part    = (memory^s + arithmetic^s)^(1/s)      memory = bytes / rate, arithmetic = operations / rate
+    forward = sum of its parts + launches * launch
+    step    = its forwards + what the engine does beside them
+
+s says how well a device reads and computes at a time: 1 is one after the other, as a CPU does; large s is whichever
+takes longer. A matrix is read once per forward however many rows meet it, so rows are free until arithmetic takes as
+long as reading: the knee. Attention over a long context is arithmetic, too, and grows with every row.
+"""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
-
-class Streamed(NamedTuple):
-    """Bytes that a forward reads from memory when few rows run: what its time is made of."""
-
-    verify: float  # plain decoding, or a verification
-    draft: float  # a separate draft pass
-    one_pass: float  # a verification that carries hypotheses
+# Launches that one after the other cost time inside a graph; docs/one-pass.md has the counted ones.
+PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 22, 14
+OUTCOME, AROUND_DRAFTS = 266, 6
+LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
 
 
-def streamed_bytes(
-    layers: int = 36,
-    hidden: int = 4096,
-    intermediate: int = 12288,
-    heads: int = 32,
-    kv_heads: int = 8,
-    head_dim: int = 128,
-    vocab: int = 151936,
-    weight_bytes: float = 2,
-    head_weight_bytes: float = 2,
-    context: int = 2048,
-) -> Streamed:
-    """Base, head and KV cache at batch 1; Qwen3-8B in bf16 unless told. Embeddings are looked up, not streamed.
+class Model(NamedTuple):
+    """Qwen3-8B in bf16 with a head in bf16, unless told."""
 
-    A draft pass leaves out the base's attention weights, as the head's stand in for them. The fused attention reads a
-    prefix once for the verification and all hypotheses.
-    """
-    attention = layers * 2 * hidden * head_dim * (heads + kv_heads)
-    shared = (layers * 3 * hidden * intermediate + hidden * vocab) * weight_bytes
-    cache = 2 * layers * kv_heads * head_dim * weight_bytes * context
-    base, head = attention * weight_bytes, attention * head_weight_bytes
-    return Streamed(shared + base + cache, shared + head + cache, shared + base + head + cache)
+    layers: int = 36
+    hidden: int = 4096
+    intermediate: int = 12288
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocab: int = 151936
+    weight_bytes: float = 2
+    head_weight_bytes: float = 2
+    cache_bytes: float = 2
+
+    def share(self, ranks: int) -> Model:
+        """What one of so many tensor-parallel ranks computes. Their talk is left out."""
+        return self._replace(
+            intermediate=self.intermediate // ranks,
+            heads=self.heads // ranks,
+            kv_heads=max(1, self.kv_heads // ranks),
+            vocab=self.vocab // ranks,
+        )
+
+    @property
+    def mlp(self) -> float:
+        """Weights that both views pass through."""
+        return self.layers * 3.0 * self.hidden * self.intermediate
+
+    @property
+    def attention(self) -> float:
+        """Weights that each view has of its own."""
+        return self.layers * 2.0 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Of the cache."""
+        return 2.0 * self.layers * self.kv_heads * self.head_dim * self.cache_bytes
+
+    @property
+    def resident_bytes(self) -> float:
+        """Base and head. Embeddings count once: many models tie them, and others look few of them up."""
+        base = self.mlp + self.attention + float(self.hidden) * self.vocab
+        return base * self.weight_bytes + self.attention * self.head_weight_bytes
 
 
-def time_ratio(one_pass: float, two_pass: float, streamed: Streamed) -> float:
-    """How much faster one pass is than two, from the tokens per forward of each and the bytes of their forwards."""
-    return one_pass / two_pass * (streamed.verify + streamed.draft) / 2 / streamed.one_pass
+class Device(NamedTuple):
+    """What it attains, not what it is sold with."""
+
+    name: str
+    memory: float  # bytes per second
+    products: float  # operations per second, of a matrix product
+    attention: float  # the same, of attention
+    launch: float  # seconds
+    step: float  # seconds beside the forwards of a step
+    sharpness: float  # s
+    capacity: float = 0.0  # bytes
+
+
+class Forward(NamedTuple):
+    requests: int
+    context: float  # positions of a request that are cached, on average
+    verified: int = 0  # rows of each request in the autoregressive view
+    drafted: int = 0  # rows of each request in the diffusion view
+    predicting: int = 0  # rows of the latter whose logits are wanted
+
+
+class Mode(NamedTuple):
+    """How a step drafts. No drafts: plain. No hypotheses: two passes."""
+
+    drafts: int
+    block: int = 0
+    hypotheses: int = 0
+
+
+class Part(NamedTuple):
+    read: float  # bytes
+    products: float  # operations
+    attention: float  # operations
+
+
+def parts(model: Model, forward: Forward) -> list[Part]:
+    """The two views' attention reads the cache apart; so does the vocabulary, whose drafts wait for the outcome."""
+    verified, drafted = (forward.requests * rows for rows in (forward.verified, forward.drafted))
+    found = [Part(model.mlp * model.weight_bytes, 2 * model.mlp * (verified + drafted), 0.0)]
+    for rows, size, logits in (
+        (verified, model.weight_bytes, verified),
+        (drafted, model.head_weight_bytes, forward.requests * forward.predicting),
+    ):
+        if not rows:
+            continue
+        vocabulary = float(model.hidden) * model.vocab
+        read = vocabulary * model.weight_bytes + LOGIT_BYTES * float(logits) * model.vocab
+        cached = model.bytes_per_position * forward.context * forward.requests
+        scores = 4.0 * model.layers * model.heads * model.head_dim * forward.context * rows
+        found += [
+            Part(model.attention * size, 2 * model.attention * rows, 0.0),
+            Part(read, 2 * vocabulary * logits, 0.0),
+            Part(cached, 0.0, scores),
+        ]
+    return found
+
+
+def launches(model: Model, forward: Forward) -> int:
+    if forward.verified and forward.drafted:
+        return model.layers * ONE_PASS_LAYER + OUTCOME
+    return model.layers * DRAFT_LAYER + AROUND_DRAFTS if forward.drafted else model.layers * PLAIN_LAYER
+
+
+def forward_seconds(device: Device, model: Model, forward: Forward) -> float:
+    s, total = device.sharpness, launches(model, forward) * device.launch
+    for part in parts(model, forward):
+        arithmetic = part.products / device.products + part.attention / device.attention
+        memory = part.read / device.memory
+        most = max(memory, arithmetic)
+        if most:
+            total += most * ((memory / most) ** s + (arithmetic / most) ** s) ** (1 / s)
+    return total
+
+
+def forwards(mode: Mode, requests: int, context: float) -> list[Forward]:
+    """Those of one step."""
+    if mode.drafts == 0:
+        return [Forward(requests, context, verified=1)]
+    verified = mode.drafts + 1
+    if mode.hypotheses:
+        return [Forward(requests, context, verified, mode.hypotheses * mode.block, verified)]
+    return [Forward(requests, context, verified), Forward(requests, context, 0, mode.block, mode.drafts)]
+
+
+def step_seconds(device: Device, model: Model, mode: Mode, requests: int, context: float) -> float:
+    return device.step + sum(forward_seconds(device, model, one) for one in forwards(mode, requests, context))
+
+
+def knee(device: Device, model: Model) -> float:
+    """Rows of a forward at which arithmetic takes as long as reading the weights."""
+    return device.products * model.weight_bytes / (2 * device.memory)
