@@ -12,7 +12,7 @@ from vllm_orthrus.kernels.choose import choose_hypotheses
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
 from vllm_orthrus.kernels.match import match_outcome
 from vllm_orthrus.kernels.most_probable import from_probabilities
-from vllm_orthrus.policy import chances, cost
+from vllm_orthrus.policy import chances
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -227,12 +227,3 @@ def test_block_values_fall_and_end(num_hypotheses: int) -> None:
 
 
 # Modelled time
-
-
-def test_streamed_bytes_of_an_8b_model() -> None:
-    bf16, fp8 = cost.streamed_bytes(context=0), cost.streamed_bytes(head_weight_bytes=1, context=0)
-    assert bf16.verify == pytest.approx(15.1e9, rel=0.01)
-    assert bf16.draft == bf16.verify, "a draft pass streams the head in place of the base's attention"
-    assert bf16.one_pass / bf16.verify == pytest.approx(1.2, abs=0.01)
-    assert fp8.one_pass / fp8.verify == pytest.approx(1.1, abs=0.01)
-    assert cost.time_ratio(1.5, 1.0, bf16) == pytest.approx(1.25, abs=0.01)

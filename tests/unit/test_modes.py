@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 
 from vllm_orthrus.policy.clock import Costs, Step
+from vllm_orthrus.policy.kept import Outcome
 from vllm_orthrus.policy.modes import ModePolicy
 
 MODES = (0, 3, 7, 15)
@@ -47,13 +48,15 @@ class Machine:
             drafting = self.policy.choose(names, 1000)
             self.modes.append(drafting)
             spent = self.seconds(requests, verified, drafting) * (1 + self.noise * self.random.random())
+            outcomes = []
             for name in names:
                 accepted = 0
                 while accepted < verified and self.random.random() < chance(said[name]):
                     accepted += 1
                 said[name] += accepted + 1
                 if verified:
-                    self.policy.verified(name, verified, accepted)
+                    outcomes.append(Outcome(name, verified, accepted))
+            self.policy.verified(outcomes)
             self.policy.observe(Step(requests, 1000, verified, drafting, spent))
             clock, verified = clock + spent, drafting
         for name in names:

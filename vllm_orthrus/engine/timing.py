@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_orthrus.engine.vllm import Request, SamplingParams
 from vllm_orthrus.policy.clock import Cell, Step
+from vllm_orthrus.policy.kept import Outcome
 
 logger = init_logger("vllm.orthrus")
 
@@ -47,7 +48,7 @@ class Forced:
         if step.verified == step.drafting:  # else it is on the way from one mode to another
             self.steps.append(step)
 
-    def verified(self, request: Hashable, drafts: int, accepted: int) -> None:
+    def verified(self, outcomes: Sequence[Outcome]) -> None:
         """Made-up prompts say nothing of real ones."""
 
     def finished(self, request: Hashable) -> None:

@@ -14,6 +14,7 @@ from vllm_orthrus.engine.costs import estimated_costs
 from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
 from vllm_orthrus.policy.clock import Step
+from vllm_orthrus.policy.kept import Outcome
 from vllm_orthrus.policy.modes import ModePolicy
 
 _UPSTREAM = "vLLM's dynamic speculative decoding knows a table by batch size, and nothing of time or acceptance"
@@ -39,9 +40,14 @@ class AskPolicy:
         # With asynchronous scheduling a step is scheduled while the one before it still runs.
         seconds, self.ended_at = now - max(self.asked_at.popleft(), self.ended_at), now
         drafts = batch.scheduled_spec_decode_tokens
-        for request, index in output.req_id_to_index.items():
-            if request in drafts and (sampled := output.sampled_token_ids[index]):
-                self.policy.verified(request, len(drafts[request]), len(sampled) - 1)
+        sampled = output.sampled_token_ids
+        self.policy.verified(
+            [
+                Outcome(request, len(drafts[request]), len(sampled[index]) - 1)
+                for request, index in output.req_id_to_index.items()
+                if drafts.get(request) and sampled[index]
+            ]
+        )
         for request in batch.finished_req_ids:
             self.policy.finished(request)
         counts = batch.num_scheduled_tokens

@@ -10,7 +10,7 @@ share that riding drafts keep of what the others would have kept.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,14 @@ SHARE_PRIOR = 20.0  # drafts that this is worth
 Array = np.ndarray[Any, Any]
 
 
+class Outcome(NamedTuple):
+    """Of a request's verification."""
+
+    request: Hashable
+    drafts: int  # at least one
+    accepted: int
+
+
 class Kept:
     """Decayed counts of verifications, by place of the draft: of each request, and of all together."""
 
@@ -36,24 +44,23 @@ class Kept:
         self.kept = np.zeros((1, places))
         self.all_tried, self.all_kept = np.zeros(places), np.zeros(places)
 
-    def add(self, request: Hashable, drafts: int, accepted: int) -> None:
+    def add(self, outcomes: Sequence[Outcome]) -> None:
         """A place was tried if it was verified and all before it were kept."""
-        tried = self.places < min(drafts, accepted + 1)
-        kept = self.places < min(drafts, accepted)
-        row = self._row_of(request)
-        for counts, new, forget in (
-            (self.tried[row], tried, FORGET),
-            (self.kept[row], kept, FORGET),
-            (self.all_tried, tried, FORGET_ALL),
-            (self.all_kept, kept, FORGET_ALL),
-        ):
-            counts[tried] = counts[tried] * forget + new[tried]
+        rows = [self._row_of(outcome.request) for outcome in outcomes]
+        drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T[..., None]  # [requests, 1]
+        tried = self.places < np.minimum(drafts, accepted + 1)
+        kept = self.places < np.minimum(drafts, accepted)
+        for counts, new in ((self.tried, tried), (self.kept, kept)):
+            counts[rows] = np.where(tried, counts[rows] * FORGET + new, counts[rows])
+        forget = FORGET_ALL ** tried.sum(0)
+        self.all_tried = self.all_tried * forget + tried.sum(0)
+        self.all_kept = self.all_kept * forget + kept.sum(0)
 
-    def fade(self, request: Hashable) -> None:
-        """A verification went by that says nothing here."""
-        if (row := self.row.get(request)) is not None:
-            self.tried[row] *= FORGET
-            self.kept[row] *= FORGET
+    def fade(self, outcomes: Sequence[Outcome]) -> None:
+        """Verifications went by that say nothing here."""
+        rows = [self.row[outcome.request] for outcome in outcomes if outcome.request in self.row]
+        self.tried[rows] *= FORGET
+        self.kept[rows] *= FORGET
 
     def _row_of(self, request: Hashable) -> int:
         if request not in self.row:
@@ -96,15 +103,19 @@ class KeptBothWays:
     def share(self) -> float:
         return (self.given + SHARE_PRIOR * SHARE) / (self.promised + SHARE_PRIOR)
 
-    def add(self, request: Hashable, drafts: int, accepted: int, rode: bool) -> None:
+    def add(self, outcomes: Sequence[Outcome], rode: bool) -> None:
+        if not outcomes:
+            return
         mine, other = (self.riding, self.alone) if rode else (self.alone, self.riding)
         if rode:
-            promised, seen = self.alone.expected([request])
-            sure = float(seen[0, 0] / (seen[0, 0] + drafts))
-            self.promised = FORGET_ALL * self.promised + sure * float(promised[0, drafts - 1])
-            self.given = FORGET_ALL * self.given + sure * accepted
-        mine.add(request, drafts, accepted)
-        other.fade(request)
+            kept, seen = self.alone.expected([outcome.request for outcome in outcomes])
+            drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T
+            promised, sure = kept[np.arange(len(kept)), drafts - 1], seen[:, 0] / (seen[:, 0] + drafts)
+            forget = FORGET_ALL ** len(outcomes)
+            self.promised = forget * self.promised + float(sure @ promised)
+            self.given = forget * self.given + float(sure @ accepted)
+        mine.add(outcomes)
+        other.fade(outcomes)
 
     def drop(self, request: Hashable) -> None:
         self.alone.drop(request)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
-from vllm_orthrus.policy.kept import KeptBothWays
+from vllm_orthrus.policy.kept import KeptBothWays, Outcome
 
 STAY = 1.03  # another mode must promise that much more to be taken
 TRIAL = 3  # verifications of a trial
@@ -48,8 +48,9 @@ class ModePolicy:
 
     # Behind a step
 
-    def verified(self, request: Hashable, drafts: int, accepted: int) -> None:
-        self.kept.add(request, drafts, accepted, drafts == self.riding)
+    def verified(self, outcomes: Sequence[Outcome]) -> None:
+        for rode in (False, True):
+            self.kept.add([outcome for outcome in outcomes if (outcome.drafts == self.riding) == rode], rode)
 
     def finished(self, request: Hashable) -> None:
         self.kept.drop(request)
