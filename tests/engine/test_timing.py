@@ -88,5 +88,5 @@ def test_nothing_but_time_is_left(begin: Start, plain: Engine, tmp_path: Path) -
     timed = begin()
     assert state() == untimed
     kept = policy_of(timed).kept
-    assert not kept.alone.row and not kept.alone.all_tried.any()
+    assert not kept.alone.row and not kept.alone.tried.any()
     assert timed.run(prompts(3), 16).tokens == plain.run(prompts(3), 16).tokens

@@ -2,6 +2,9 @@
 
     E[kept of K] = P(d1 kept) + P(d1, d2 kept) + ... + P(d1 .. dK kept)
 
+The chance of each place is learnt from all requests. A request's chances of rejection are multiplied by how often its
+drafts were rejected, against how often that was to be expected: one that is harder or easier than others is soon known.
+
 Drafts that rode along with a verification did not always know the bonus, so fewer of them are kept than of those that
 had a pass of their own. Each way counts for itself. What one has seen of a request stands for the other, too, by the
 share that riding drafts keep of what the others would have kept.
@@ -14,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PRIOR = 3.0  # verifications that other places, and other requests, are worth beside a place's own
+PRIOR = 10.0  # rejections that other requests are worth beside a request's own
 OTHERS = 0.01  # what a draft of another request says, beside one of its own
-FORGET = 0.9  # of a request's own counts, per verification
+FORGET = 0.95  # of a request's own counts, per verification
 FORGET_ALL = 0.99  # of the counts of all requests, per verification
 HOPE = 0.8  # how likely a draft is kept of which nothing is known
+SUREST, LEAST = 0.995, 0.01  # no draft is certain, and none is hopeless
 SHARE = 0.85  # of the drafts of a pass of their own that riding ones keep, as far as is known before
 SHARE_PRIOR = 20.0  # drafts that this is worth
 
@@ -34,15 +38,20 @@ class Outcome(NamedTuple):
 
 
 class Kept:
-    """Decayed counts of verifications, by place of the draft: of each request, and of all together."""
+    """Decayed counts: by place of all requests, and of each request's rejections beside those to be expected."""
 
     def __init__(self, places: int) -> None:
         self.row: dict[Hashable, int] = {}
         self.free: list[int] = []
         self.places = np.arange(places)
-        self.tried = np.zeros((1, places))  # row 0 is that of requests of which nothing is known
-        self.kept = np.zeros((1, places))
-        self.all_tried, self.all_kept = np.zeros(places), np.zeros(places)
+        self.tried, self.kept = np.zeros(places), np.zeros(places)
+        # By request: places tried, drafts rejected, and rejections to be expected. Row 0: nothing is known.
+        self.own = np.zeros((3, 1))
+
+    def chance(self) -> Array:
+        """[K] of a draft, given that all before it were kept. Places that were not tried are like those before them."""
+        so_far = (self.kept.cumsum() + HOPE) / (self.tried.cumsum() + 1)
+        return np.asarray((self.kept + so_far) / (self.tried + 1))
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         """A place was tried if it was verified and all before it were kept."""
@@ -50,43 +59,37 @@ class Kept:
         drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T[..., None]  # [requests, 1]
         tried = self.places < np.minimum(drafts, accepted + 1)
         kept = self.places < np.minimum(drafts, accepted)
-        for counts, new in ((self.tried, tried), (self.kept, kept)):
-            counts[rows] = np.where(tried, counts[rows] * FORGET + new, counts[rows])
+        expected = np.where(tried, 1 - self.chance(), 0).sum(1)
+        fresh = np.stack((tried.sum(1), (tried & ~kept).sum(1), expected))
+        self.own[:, rows] = self.own[:, rows] * FORGET + fresh
         forget = FORGET_ALL ** tried.sum(0)
-        self.all_tried = self.all_tried * forget + tried.sum(0)
-        self.all_kept = self.all_kept * forget + kept.sum(0)
+        self.tried = self.tried * forget + tried.sum(0)
+        self.kept = self.kept * forget + kept.sum(0)
 
     def fade(self, outcomes: Sequence[Outcome]) -> None:
         """Verifications went by that say nothing here."""
-        rows = [self.row[outcome.request] for outcome in outcomes if outcome.request in self.row]
-        self.tried[rows] *= FORGET
-        self.kept[rows] *= FORGET
+        self.own[:, [self.row[outcome.request] for outcome in outcomes if outcome.request in self.row]] *= FORGET
 
     def _row_of(self, request: Hashable) -> int:
         if request not in self.row:
             if not self.free:
-                size = len(self.tried)
-                self.tried, self.kept = (
-                    np.concatenate((part, np.zeros_like(part))) for part in (self.tried, self.kept)
-                )
+                size = self.own.shape[1]
+                self.own = np.concatenate((self.own, np.zeros_like(self.own)), axis=1)
                 self.free = list(range(2 * size - 1, size - 1, -1))
             self.row[request] = self.free.pop()
         return self.row[request]
 
     def drop(self, request: Hashable) -> None:
         if (row := self.row.pop(request, None)) is not None:
-            self.tried[row] = self.kept[row] = 0
+            self.own[:, row] = 0
             self.free.append(row)
 
     def expected(self, requests: Sequence[Hashable]) -> tuple[Array, Array]:
         """[requests, K] drafts kept of so many, and [requests, 1] from how many drafts that is known."""
-        rows = [self.row.get(request, 0) for request in requests]
-        tried, kept = self.tried[rows], self.kept[rows]  # [requests, K]
-        shared = (self.all_kept + HOPE) / (self.all_tried + 1)
-        seen = tried.sum(1, keepdims=True)
-        own = (kept.sum(1, keepdims=True) + PRIOR * shared) / (seen + PRIOR)
-        chance = (kept + PRIOR * own) / (tried + PRIOR)
-        return chance.cumprod(1).cumsum(1), seen + OTHERS * self.all_tried.sum()
+        tried, rejected, expected = self.own[:, [self.row.get(request, 0) for request in requests]][..., None]
+        factor = (rejected + PRIOR) / (expected + PRIOR)
+        chance = np.clip(1 - (1 - self.chance()) * factor, LEAST, SUREST)  # [requests, K]
+        return chance.cumprod(1).cumsum(1), tried + OTHERS * self.tried.sum()
 
 
 class KeptBothWays:
@@ -111,11 +114,16 @@ class KeptBothWays:
             kept, seen = self.alone.expected([outcome.request for outcome in outcomes])
             drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T
             promised, sure = kept[np.arange(len(kept)), drafts - 1], seen[:, 0] / (seen[:, 0] + drafts)
-            forget = FORGET_ALL ** len(outcomes)
+            forget = FORGET_ALL ** float(sure.sum())
             self.promised = forget * self.promised + float(sure @ promised)
             self.given = forget * self.given + float(sure @ accepted)
         mine.add(outcomes)
         other.fade(outcomes)
+
+    @property
+    def known(self) -> bool:
+        """Enough to judge riding drafts by."""
+        return float(self.alone.tried.sum()) >= SHARE_PRIOR
 
     def drop(self, request: Hashable) -> None:
         self.alone.drop(request)

@@ -6,11 +6,12 @@ Both sides are learnt while serving: what is kept (`kept.py`), and what a step t
 names the mode. 0 is plain decoding; the largest, where one pass is among the modes, drafts inside the verification; all
 others draft in a pass of their own.
 
-Where drafting does not pay, a few verifications show it. From then on it is tried again rarely, as nothing is learnt of
-drafts that nobody makes. A trial takes the shortest drafts; how long the pause before it is follows from what it costs,
-doubles each time that drafting still does not pay, and is shorter the more requests are new. What would not pay if all
-drafts were kept is not tried. The other way round, a few plain steps now and then say what plain decoding takes, lest
-drafting go on by an idea of that which is wrong.
+Where drafting does not pay, a few verifications show it. From then on it is tried again now and then, as nothing is
+learnt of drafts that nobody makes. Trials are paid for: plain steps set aside a small share of their time, drafting a
+share of what it saves, and a trial waits until it can be afforded even if all its drafts are lost. Requests of which
+nothing is known are a reason for one; without any, each failure doubles the time until the next. What would not pay if
+all drafts were kept is not tried. The other way round, a few steps now and then say what other modes take, plain
+decoding above all, lest drafting go on by a wrong idea of that.
 
 Nothing here knows of an engine: the host calls `choose` before a step, `verified` and `observe` behind it.
 """
@@ -25,9 +26,13 @@ from vllm_orthrus.policy.kept import KeptBothWays, Outcome
 
 STAY = 1.03  # another mode must promise that much more to be taken
 TRIAL = 3  # verifications of a trial
-SHARE = 0.03  # of the time that trials may cost at first
-LONGEST = 16  # times the first pause
-SOON, LATER = 24, 1000  # steps with drafts after which plain ones are timed: for the first time, and again
+SET_ASIDE = 0.02  # of the time of plain steps
+SAVED = 0.1  # of what drafting saves
+MOST = 3  # trials that may be paid for in advance
+LONGEST = 16  # times the price of a trial, for requests that are known
+CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
+SOON, LATER = 24, 1000  # steps with drafts after which a mode is timed that never was; and plain steps, again
+DEAR = 2.0  # times the mode's own time: what takes longer is not timed
 
 
 class ModePolicy:
@@ -39,12 +44,12 @@ class ModePolicy:
         self.riding = self.modes[-1] if one_pass else None
         self.clock = Clock(costs)
         self.kept = KeptBothWays(self.modes[-1])
-        self.mode = self.modes[-1]
-        self.patience = 1  # how much longer than at first the pause before a trial is
-        self.plain_steps = 0
+        self.mode = 0
+        self.patience = 1  # times the price, without new requests
+        self.purse: float | None = None  # seconds, for trials; the first is free
         self.trial = 0  # steps that are left of it
-        self.unsure: dict[Cell, int] = {}  # steps since plain decoding was timed
-        self.timing = 0  # plain steps that are left to time it
+        self.unsure: dict[Cell, int] = {}  # steps with drafts, in such batches, since another mode was timed
+        self.timing, self.other = 0, 0  # steps that are left to time it
 
     # Behind a step
 
@@ -66,7 +71,8 @@ class ModePolicy:
         tokens = self.kept.tokens(requests, rode=False)
         gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
         if self.riding is not None:
-            gains[self.riding] = float(self.kept.tokens(requests, rode=True)[-1]) / seconds[self.riding]
+            rode = float(self.kept.tokens(requests, rode=True)[-1]) if self.kept.known else 0.0
+            gains[self.riding] = rode / seconds[self.riding]
         best = max(self.modes, key=lambda drafts: gains[drafts])
         if self.trial:
             self.trial -= 1
@@ -74,26 +80,47 @@ class ModePolicy:
                 return self.mode
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
         if best != self.mode and gains[best] > STAY * gains[self.mode]:
-            self.mode, self.plain_steps = best, 0
-        if self.mode == 0:
-            self.plain_steps += 1
-            if self.plain_steps > self._pause(requests, seconds):
-                self.mode, self.trial = self.modes[1], TRIAL + 1  # the first step makes drafts, and verifies none
-        return 0 if self._times_plain(len(requests), context) else self.mode
+            self.mode = best
+        price = self._price(seconds)
+        if self.purse is None:
+            self.purse = price if price < math.inf else 0.0
+        if self.mode:
+            saved = seconds[self.mode] * (gains[self.mode] / gains[0] - 1)
+            self.purse += SAVED * max(0.0, saved)
+        else:
+            self.purse += SET_ASIDE * seconds[0]
+            if self.purse >= price * (1 if self._many_new(requests) else self.patience):
+                self.purse -= price
+                self.mode, self.trial = self._tried(seconds), TRIAL + 1  # the first step verifies none
+        self.purse = min(self.purse, MOST * price if self.mode else LONGEST * price)
+        return self._timed(len(requests), context, seconds)
 
-    def _times_plain(self, requests: int, context: float) -> bool:
-        cell = Cell.of(0, requests, context)
-        known = self.clock.known.get(cell, (0, 0.0))[0] >= TIMED
-        self.unsure[cell] = self.unsure.get(cell, 0) + 1 if self.mode else 0
-        if self.unsure[cell] > (LATER if known else SOON):
-            self.unsure[cell], self.timing = 0, TIMED + 1  # the first still verifies drafts
-        self.timing = max(0, self.timing - 1)
-        return self.timing > 0
+    def _tried(self, seconds: dict[int, float]) -> int:
+        passes = [drafts for drafts in self.modes[1:] if drafts != self.riding] or list(self.modes[1:])
+        return max(drafts for drafts in passes if seconds[drafts] <= CHEAP * min(map(seconds.__getitem__, passes)))
 
-    def _pause(self, requests: Sequence[Hashable], seconds: dict[int, float]) -> float:
-        """Plain steps before a trial."""
+    def _price(self, seconds: dict[int, float]) -> float:
+        """Of a trial whose drafts are all lost."""
         if all((drafts + 1) / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
             return math.inf
-        new = sum(request not in self.kept for request in requests) / max(1, len(requests))
-        cost = (TRIAL + 1) * (seconds[self.modes[1]] / seconds[0] - 1)
-        return self.patience * max(0.0, cost) / SHARE * (1 - new)
+        return (TRIAL + 1) * max(0.0, seconds[self._tried(seconds)] - seconds[0])
+
+    def _many_new(self, requests: Sequence[Hashable]) -> bool:
+        return 2 * sum(request not in self.kept for request in requests) >= len(requests)
+
+    def _timed(self, requests: int, context: float, seconds: dict[int, float]) -> int:
+        """The mode; or, for a few steps, one whose time is not known well enough."""
+        if self.timing:
+            self.timing -= 1
+            return self.other
+        batch = Cell.of(0, requests, context)
+        self.unsure[batch] = self.unsure.get(batch, 0) + 1 if self.mode else 0
+        if self.unsure[batch] > SOON:
+            cells = {drafts: Cell.of(drafts, requests, context) for drafts in self.modes}
+            unknown = [drafts for drafts in self.modes if self.clock.known.get(cells[drafts], (0, 0.0))[0] < TIMED]
+            worth = [drafts for drafts in unknown if seconds[drafts] <= DEAR * seconds[self.mode]]
+            if worth or self.unsure[batch] > LATER:
+                self.other = worth[0] if worth else 0
+                self.unsure[batch], self.timing = 0, TIMED  # and this one, which still verifies what the mode drafted
+                return self.other
+        return self.mode
