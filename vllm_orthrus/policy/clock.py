@@ -19,6 +19,7 @@ TIMED = 3  # steps of a mode that make its time known
 EASE = 0.2  # weight of the newest step
 FAR = 2.0  # by how much less a neighbour counts for each doubling that it is away
 FLAT = 0.03  # what speaks against a slope
+SLIGHT = 0.02  # a change that is not worth working out again what follows from it
 
 # Seconds of a step by its drafts, requests, and their cached positions on average. For a model that has no idea of a
 # device's speed, any unit will do.
@@ -70,8 +71,10 @@ class Clock:
         late = factor > known + math.log(1.5)
         ease = EASE / 4 if late and seen >= TIMED else max(EASE, 1 / (seen + 1))
         factor = min(factor, known + math.log(2)) if seen >= TIMED else factor
-        self.known[cell] = (seen + 1, known + ease * (factor - known))
-        self.guessed.clear()
+        change = ease * (factor - known)
+        self.known[cell] = (seen + 1, known + change)
+        if seen < TIMED or abs(change) > SLIGHT:
+            self.guessed.clear()
 
     def believe(self, step: Step) -> None:
         """Timed with care, before there was anything to serve."""

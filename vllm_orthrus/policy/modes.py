@@ -9,9 +9,9 @@ others draft in a pass of their own.
 Where drafting does not pay, a few verifications show it. From then on it is tried again now and then, as nothing is
 learnt of drafts that nobody makes. Trials are paid for: plain steps set aside a small share of their time, drafting a
 share of what it saves, and a trial waits until it can be afforded even if all its drafts are lost. Requests of which
-nothing is known are a reason for one; without any, each failure doubles the time until the next. What would not pay if
-all drafts were kept is not tried. The other way round, a few steps now and then say what other modes take, plain
-decoding above all, lest drafting go on by a wrong idea of that.
+nothing is known are a reason for one; without any, each failure doubles the time until the next. What would not pay
+even for text that is easily foreseen is not tried. The other way round, a few steps now and then say what other modes
+take, plain decoding above all, and what they give, lest drafting go on by a wrong idea of that.
 
 Nothing here knows of an engine: the host calls `choose` before a step, `verified` and `observe` behind it.
 """
@@ -32,7 +32,10 @@ MOST = 3  # trials that may be paid for in advance
 LONGEST = 16  # times the price of a trial, for requests that are known
 CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
 SOON, LATER = 24, 1000  # steps with drafts after which a mode is timed that never was; and plain steps, again
+LOOK = 100  # steps in one pass after which others are looked at, and the other way round
+EAGER = 1.2  # by how much better one pass may turn out than it seems
 DEAR = 2.0  # times the mode's own time: what takes longer is not timed
+EASY = [sum(0.9**place for place in range(drafts + 1)) for drafts in range(256)]  # tokens, of text that is easy
 
 
 class ModePolicy:
@@ -93,7 +96,7 @@ class ModePolicy:
                 self.purse -= price
                 self.mode, self.trial = self._tried(seconds), TRIAL + 1  # the first step verifies none
         self.purse = min(self.purse, MOST * price if self.mode else LONGEST * price)
-        return self._timed(len(requests), context, seconds)
+        return self._timed(len(requests), context, seconds, gains)
 
     def _tried(self, seconds: dict[int, float]) -> int:
         passes = [drafts for drafts in self.modes[1:] if drafts != self.riding] or list(self.modes[1:])
@@ -101,26 +104,40 @@ class ModePolicy:
 
     def _price(self, seconds: dict[int, float]) -> float:
         """Of a trial whose drafts are all lost."""
-        if all((drafts + 1) / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
+        if all(EASY[drafts] / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
             return math.inf
         return (TRIAL + 1) * max(0.0, seconds[self._tried(seconds)] - seconds[0])
 
     def _many_new(self, requests: Sequence[Hashable]) -> bool:
         return 2 * sum(request not in self.kept for request in requests) >= len(requests)
 
-    def _timed(self, requests: int, context: float, seconds: dict[int, float]) -> int:
-        """The mode; or, for a few steps, one whose time is not known well enough."""
+    def _timed(self, requests: int, context: float, seconds: dict[int, float], gains: dict[int, float]) -> int:
+        """The mode; or, for a few steps, one of which not enough is known."""
         if self.timing:
             self.timing -= 1
             return self.other
         batch = Cell.of(0, requests, context)
-        self.unsure[batch] = self.unsure.get(batch, 0) + 1 if self.mode else 0
-        if self.unsure[batch] > SOON:
-            cells = {drafts: Cell.of(drafts, requests, context) for drafts in self.modes}
-            unknown = [drafts for drafts in self.modes if self.clock.known.get(cells[drafts], (0, 0.0))[0] < TIMED]
-            worth = [drafts for drafts in unknown if seconds[drafts] <= DEAR * seconds[self.mode]]
-            if worth or self.unsure[batch] > LATER:
-                self.other = worth[0] if worth else 0
-                self.unsure[batch], self.timing = 0, TIMED  # and this one, which still verifies what the mode drafted
-                return self.other
-        return self.mode
+        self.unsure[batch] = steps = self.unsure.get(batch, 0) + 1 if self.mode else 0
+        other = self._worth_a_look(steps, batch, seconds, gains)
+        if other is None:
+            return self.mode
+        if other == 0 or steps > LATER:
+            self.unsure[batch] = 0
+        self.other, self.timing = other, TIMED  # and this one, which still verifies what the mode drafted
+        return other
+
+    def _worth_a_look(self, steps: int, batch: Cell, seconds: dict[int, float], gains: dict[int, float]) -> int | None:
+        """steps: with drafts, in batches like this one, since plain decoding was timed."""
+        if steps and steps % SOON == 0:
+            for drafts in self.modes:
+                timed = self.clock.known.get(batch._replace(drafts=drafts), (0, 0.0))[0] >= TIMED
+                if not timed and seconds[drafts] <= DEAR * seconds[self.mode]:
+                    return drafts
+        if steps > LATER:
+            return 0
+        if self.riding is not None and steps % LOOK == LOOK // 2:
+            if self.mode == self.riding:
+                return max(self.modes[:-1], key=lambda drafts: gains[drafts])
+            if self.kept.known and gains[self.riding] * EAGER > gains[self.mode]:
+                return self.riding
+        return None

@@ -7,6 +7,7 @@ the mode that the policy chose for it, as in an engine: its drafts are verified 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -115,8 +116,11 @@ class Requests:
         self.text, self.draw = text, draw
         self.names = list(range(count))
         self.next_name = count
-        self.answer = [draw.choice(text.answers) for _ in self.names]
-        self.place = [draw.randrange(len(answer)) for answer in self.answer]
+        # One answer after the other, so that whatever decides how they are drafted, they are the same.
+        order = draw.sample(text.answers, len(text.answers))
+        self.coming = itertools.cycle(order)
+        self.answer = [next(self.coming) for _ in self.names]
+        self.place = [draw.randrange(len(answer)) if count > 1 else 0 for answer in self.answer]
 
     def verify(self, drafts: int, hypotheses: int) -> list[int]:
         accepted = [min(drafts, answer[place]) for answer, place in zip(self.answer, self.place, strict=True)]
@@ -136,5 +140,5 @@ class Requests:
             if place >= len(answer):
                 ended.append(self.names[at])
                 self.names[at], self.next_name = self.next_name, self.next_name + 1
-                self.answer[at], self.place[at] = self.draw.choice(self.text.answers), 0
+                self.answer[at], self.place[at] = next(self.coming), 0
         return ended
