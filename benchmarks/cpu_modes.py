@@ -111,7 +111,7 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
     said = {}
     for way in WAYS:
         engine = begin(way, TINY, "float32", 8)
-        engine.receive()
+        engine.ready()
         said[way] = [engine.ask(some[:1], tokens)["said"] for some in prompts.values()]
         engine.close()
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
@@ -121,7 +121,7 @@ def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[
     ways = [way for way in WAYS if way in args.ways]
     engines = {way: begin(way, folder, args.dtype, max(args.at_once)) for way in ways}
     for engine in engines.values():
-        engine.receive()
+        engine.ready()
     for engine in engines.values():
         engine.ask([prompts["counting"][0]], 48)  # compiles and allocates
     turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]

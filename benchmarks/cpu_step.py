@@ -45,7 +45,7 @@ def start(way: str, dtype: str) -> AnsweringProcess:
     variables, speculative = WAYS[way]
     task = {"dtype": dtype, "speculative": speculative}
     engine = AnsweringProcess("benchmarks.cpu_step", task, variables, folder=ROOT)
-    engine.receive()
+    engine.ready()
     return engine
 
 

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_orthrus.errors import UserError
+
 ANSWER = "RESULT "
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError):
     """The process ended before it had answered; the message holds the end of what it said."""
 
 
@@ -24,12 +26,12 @@ class AnsweringProcess:
     def __init__(
         self,
         module: str,
-        task: Mapping[str, Any],
+        task: Any,
         variables: Mapping[str, str] | None = None,
         log: Path | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.log = log
+        self.log, self.is_ready = log, False
         self.said = sys.stderr if log is None else log.open("a", buffering=1)
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--serve", json.dumps(task)],
@@ -41,7 +43,12 @@ class AnsweringProcess:
             text=True,
         )
 
-    def receive(self) -> dict[str, Any]:
+    def ready(self) -> None:
+        if not self.is_ready:
+            self._receive()
+            self.is_ready = True
+
+    def _receive(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(ANSWER):
@@ -54,8 +61,9 @@ class AnsweringProcess:
 
     def ask(self, *question: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
+        self.ready()
         print(json.dumps(question), file=self.process.stdin, flush=True)
-        return self.receive()
+        return self._receive()
 
     def close(self) -> None:
         assert self.process.stdin is not None
