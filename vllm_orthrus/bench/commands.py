@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from vllm_orthrus.errors import UserError
 
 
 def run_throughput(asked: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, it stops the servers, too
     out = prepare(asked, ("concurrency", "rounds", "per_client"))
     settings = settings_for(asked, asked.against)
     plan = throughput.Plan(asked.concurrency, asked.rounds, asked.per_client, not asked.one_at_a_time)
