@@ -55,6 +55,7 @@ def test_the_order_of_rounds_says_nothing(found: list[float], shuffle: random.Ra
 @given(ratios)
 def test_a_called_difference_is_in_every_round(found: list[float]) -> None:
     made = call(found)
+    assert made.least <= made.times <= made.most
     if made.verdict == "faster":
         assert len(found) >= FEWEST and min(found) > 1 and made.times > made.spread
     if made.verdict == "slower":

@@ -67,4 +67,4 @@ def environment_of(asked: argparse.Namespace, settings: Settings, at_once: int, 
 
 def title_of(asked: argparse.Namespace, facts: dict[str, Any]) -> str:
     device = facts["cpu"] if facts["gpu"].startswith("none") else facts["gpu"]
-    return f"{asked.model}, {asked.dtype}, temperature {asked.temperature:g}, {device}"
+    return f"{asked.model}\n{asked.dtype}, temperature {asked.temperature:g}, {device}"

@@ -30,4 +30,6 @@ def call(ratios: Sequence[float]) -> Call:
     verdict: Verdict = "no difference seen"
     if len(logs) >= FEWEST and agree and abs(median) > spread:
         verdict = "faster" if median > 0 else "slower"
-    return Call(math.exp(median), min(ratios), max(ratios), math.exp(spread), verdict)
+    least, most = min(ratios), max(ratios)
+    times = min(max(math.exp(median), least), most)  # it is between them, but for how it was rounded
+    return Call(times, least, most, math.exp(spread), verdict)

@@ -53,7 +53,7 @@ def draw_throughput(summary: Mapping[str, Any], title: str, picture: Path) -> No
     figure.supylabel("tokens per second, times plain")
     figure.suptitle(f"{title}\nwhiskers: slowest and fastest round; hollow: no difference seen", fontsize=10)
     handles = [plot.Line2D([], [], color=colour, linewidth=3) for colour in (GREY, *colours.values())]
-    figure.legend(handles, [PLAIN, *colours], loc="outside right upper", frameon=False)
+    figure.legend(handles, [PLAIN, *colours], loc="outside right center", frameon=False)
     _save(plot, figure, picture)
 
 
@@ -133,7 +133,7 @@ def draw_acceptance(summary: Mapping[str, Any], title: str, picture: Path) -> No
     grid[1][0].set_ylabel("tokens per cycle (pale)\nand per forward")
     figure.suptitle(title, fontsize=10)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     _save(plot, figure, picture)
 
 
