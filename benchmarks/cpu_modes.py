@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.cpu_step import TINY, cpu_name, environment
-from benchmarks.engine_process import EngineProcess, answer, questions
-from benchmarks.evidence import Evidence, default_path
+from benchmarks.cpu_step import TINY
+from benchmarks.evidence import ROOT, Evidence, default_path, environment
+from vllm_orthrus.bench.environment import cpu_name
+from vllm_orthrus.bench.process import AnsweringProcess, answer, questions
 from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head
 
 STOCK = "plain"
@@ -52,11 +53,11 @@ class ModesEvidence(Evidence):
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def begin(way: str, folder: Path, dtype: str, most: int) -> EngineProcess:
+def begin(way: str, folder: Path, dtype: str, most: int) -> AnsweringProcess:
     """It is ready when it has answered for the first time."""
     variables, speculative = WAYS[way]
     task = {"folder": str(folder), "dtype": dtype, "speculative": speculative, "most": most}
-    return EngineProcess("benchmarks.cpu_modes", task, variables)
+    return AnsweringProcess("benchmarks.cpu_modes", task, variables, folder=ROOT)
 
 
 def serve(task: dict[str, Any]) -> None:
@@ -110,7 +111,7 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
     said = {}
     for way in WAYS:
         engine = begin(way, TINY, "float32", 8)
-        engine.receive()
+        engine.ready()
         said[way] = [engine.ask(some[:1], tokens)["said"] for some in prompts.values()]
         engine.close()
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
@@ -120,7 +121,7 @@ def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[
     ways = [way for way in WAYS if way in args.ways]
     engines = {way: begin(way, folder, args.dtype, max(args.at_once)) for way in ways}
     for engine in engines.values():
-        engine.receive()
+        engine.ready()
     for engine in engines.values():
         engine.ask([prompts["counting"][0]], 48)  # compiles and allocates
     turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]
@@ -192,8 +193,8 @@ def main() -> int:
     if args.serve:
         serve(json.loads(args.serve))
         return 0
-    facts = environment(args.rounds, args.tokens) | {"like": args.like, "dtype": args.dtype}
-    evidence = ModesEvidence(args.out or default_path(f"cpu-modes-{args.dtype}", cpu_name()), facts)
+    asked = {"rounds": args.rounds, "tokens": args.tokens, "like": args.like, "dtype": args.dtype}
+    evidence = ModesEvidence(args.out or default_path(f"cpu-modes-{args.dtype}", cpu_name()), environment() | asked)
     prompts = asked_prompts(args.rounds)
     evidence.red = differences(prompts, 48)
     evidence.write()

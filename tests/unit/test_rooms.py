@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "engine": {"heads", "kernels", "policy"},
     "training": {"heads", "kernels", "policy"},
     "patches": {"engine", "kernels", "heads", "policy"},
+    "demo": {"heads", "training"},
+    "bench": {"demo", "training"},
 }
 # Words that belong to a room of no one: a version, an error.
 SHARED = {"vllm_orthrus", "errors"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -43,27 +44,48 @@ class DraftCounters(NamedTuple):
 
 
 def serve_command(
-    model: Path, port: int, speculative: Mapping[str, object] | None, options: Sequence[str]
+    model: Path | str,
+    port: int,
+    speculative: Mapping[str, object] | None,
+    options: Sequence[str],
+    name: str = "tiny",
 ) -> list[str]:
     """The command line a user would type, with this environment's `vllm`."""
     vllm = str(Path(sys.executable).with_name("vllm"))
-    command = [vllm, "serve", str(model), "--port", str(port), "--served-model-name", "tiny", *options]
+    command = [vllm, "serve", str(model), "--port", str(port), "--served-model-name", name, *options]
     return [*command, "--speculative-config", json.dumps(dict(speculative))] if speculative else command
 
 
 class Server:
-    def __init__(self, command: Sequence[str], port: int, log: Path, patience: float = 300) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        patience: float = 300,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.command, self.port, self.log, self.patience = command, port, log, patience
+        self.environment = os.environ | (variables or {})
         self.url = f"http://127.0.0.1:{port}"
 
     def __enter__(self) -> Server:
-        self.process = subprocess.Popen(self.command, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        self.begin()
+        self.wait()
+        return self
+
+    def begin(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
+
+    def wait(self) -> None:
+        """Until it is ready. One that does not come up is stopped."""
         try:
             self._wait()
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()

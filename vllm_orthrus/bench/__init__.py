@@ -1,0 +1,1 @@
+"""`vllm-orthrus bench`: ways to decode, measured side by side."""
