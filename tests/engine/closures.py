@@ -52,9 +52,9 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
 class DraftClosures(Closures, BlockGraphs):
     """Draft passes."""
 
-    def __init__(self, largest: int, block: int) -> None:
-        self.largest = largest
-        super().__init__(largest, block)
+    def __init__(self, largest: int, *widths: int) -> None:
+        self.widths, self.largest = widths, largest
+        super().__init__(largest, max(widths))
 
 
 class OutcomeClosures(Closures, OutcomeGraphs):
