@@ -158,15 +158,15 @@ drafts come from a pass of their own.
 {tables(batches_table)}
 ## With fewer drafts, in two passes
 
-Each step may make {one.modes[-1]} drafts or fewer (`orthrus_modes`). These verifications have graphs of their own, and so
-have draft passes, whose blocks have a row for each draft; no hypotheses ride with them.
+Each step may make {one.modes[-1]} drafts or fewer (`orthrus_modes`). These verifications have graphs of their own, and
+draft passes have them too, whose blocks have a row for each draft. No hypotheses ride.
 
 {tables(fewer_table)}
 ## How many there are
 
-vLLM's sizes, {len(one.captured)} here, count tokens. Of verifications of fewer drafts than the most they count requests,
-so that plain decoding has the graphs that it has by itself, and modes with more rows have fewer. *By size*: what there
-would be if vLLM planned them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`.
+vLLM's sizes, {len(one.captured)} here, count tokens. Of verifications of fewer drafts than the most they count
+requests, so that plain decoding has the graphs that it has by itself, and modes with more rows have fewer. *By size*:
+what there would be if vLLM planned them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`.
 
 {graphs_table(found)}"""
 
