@@ -68,6 +68,7 @@ RELEASED = DraftShape(
     rows=320,
     max_num_reqs=1024,
     max_pass_rows=MAX_PASS_ROWS,
+    modes=(0, 3, 7, 14, 15),
 )
 MAX_MODEL_LEN, VOCABULARY = 40960, 151936
 
@@ -78,7 +79,8 @@ def released_shapes() -> Iterator[Shape]:
     for model, groups, fp8 in (("Qwen3-8B and 4B", 4, True), ("Qwen3-1.7B", 2, False)):
         of_model = Shape(model, 128, groups, shape.block, fp8=fp8)
         for num_reqs in range(1, shape.at_once + 1):
-            yield replace(of_model, name=f"{model}, draft of 32", num_reqs=num_reqs)
+            for width in shape.widths:
+                yield replace(of_model, name=f"{model}, draft of {width}", width=width, num_reqs=num_reqs)
         for num_reqs in range(1, shape.most_carried + 1):
             blocks = shape.num_hypotheses(num_reqs)
             carried = replace(of_model, blocks=blocks, num_reqs=num_reqs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine
-from vllm_orthrus.engine.graphs import BlockGraphs, OutcomeGraphs
+from vllm_orthrus.engine.graphs import BlockGraphs, OutcomeGraphs, plan_modes
 from vllm_orthrus.engine.vllm import (
     BatchExecutionDescriptor,
     CudaGraphManager,
@@ -36,6 +36,7 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
         self._capture_descs: dict[Any, Any] = {}
         self._graphs_captured = False
         self.replayed: list[int] = []
+        self.rows_replayed: set[int | None] = set()  # of each request
         self._init_candidates()
 
     def capture(self, create_forward: Any, description: str) -> None:
@@ -46,15 +47,16 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
 
     def run_fullgraph(self, descriptor: BatchExecutionDescriptor) -> None:
         self.replayed.append(descriptor.num_reqs)
+        self.rows_replayed.add(descriptor.uniform_token_count)
         self.graphs[descriptor](CUDAGraphMode.FULL)
 
 
 class DraftClosures(Closures, BlockGraphs):
     """Draft passes."""
 
-    def __init__(self, largest: int, block: int) -> None:
-        self.largest = largest
-        super().__init__(largest, block)
+    def __init__(self, largest: int, *widths: int) -> None:
+        self.widths, self.largest = widths, largest
+        super().__init__(largest, max(widths))
 
 
 class OutcomeClosures(Closures, OutcomeGraphs):
@@ -79,7 +81,7 @@ class PiecewiseClosures(Closures):
 
 
 class ForwardClosures(Closures):
-    """The target's forward, with hypotheses.
+    """The target's forward: with hypotheses, if it verifies as many drafts as there are, and without.
 
     Of its own step a replay takes the attention metadata alone: on a GPU these lie in buffers, too, but the CPU backend
     plans its work on the host.
@@ -89,6 +91,7 @@ class ForwardClosures(Closures):
         self.runner = engine.runner
         self.one = self.runner.speculator.drafting.one_pass
         super().__init__(max_num_reqs, self.one.shape.verified, capture_sizes)
+        plan_modes(self, self.one.shape.modes)
         self.use_breakable_cg = False
         self.hidden = torch.zeros(max(capture_sizes), self.one.buffers.hidden.shape[1])
 
@@ -104,15 +107,21 @@ class ForwardClosures(Closures):
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Any:
             tokens = descriptor.num_tokens
             rows = state.prepare_dummy_inputs(descriptor.num_reqs, tokens)["hypotheses"]
-            assert rows is not None
+            assert (rows is None) == (descriptor.uniform_token_count < self.one.shape.verified)
             ids, positions = runner.input_buffers.input_ids[:tokens], runner.input_buffers.positions[:tokens]
-            self.one.captured.add(rows.captured_for)  # as a forward does that is captured; a CPU cannot run one here
+            if rows is not None:
+                self.one.captured.add(
+                    rows.captured_for
+                )  # as a forward does that is captured; a CPU cannot run one here
 
             def replay(mode: CUDAGraphMode) -> None:
                 slots = dict.fromkeys(self.metadata, self.slots[0, :tokens])
                 with set_forward_context(self.metadata, runner.vllm_config, tokens, slot_mapping=slots):
                     # Past `OnePass.forward`, of which a replay runs nothing.
-                    self.hidden[:tokens] = self.one.forward_with_rows(ids, positions, None, rows)
+                    if rows is None:
+                        self.hidden[:tokens] = self.one.plain_forward(ids, positions)
+                    else:
+                        self.hidden[:tokens] = self.one.forward_with_rows(ids, positions, None, rows)
 
             return replay
 

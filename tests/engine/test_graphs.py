@@ -1,5 +1,6 @@
 """CUDA graphs by request count, replayed as closures."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -99,6 +100,53 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     astray = run()
     assert astray[0] == eager[0], "drafts never change the text"
     assert astray[1] != eager[1]
+
+
+def test_every_mode_has_graphs(
+    start: StartEngine, tiny: Checkpoints, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the number of drafts changing: every step is replayed, and is what it would be without graphs."""
+    modes = [0, 1, 2, 3]
+    settings = {"num_speculative_tokens": 3, "orthrus_hypotheses": 2, "orthrus_rows": 80, "orthrus_attention": "kernel"}
+    engine = start(one_pass(tiny.block_head, **settings, orthrus_modes=modes), max_num_batched_tokens=512)
+    speculator, given = engine.runner.speculator, prompts(3, shortest=12)
+    state, one = speculator.drafting.memory, speculator.drafting.one_pass
+    policy = engine.llm.llm_engine.engine_core.engine_core.scheduler.dynamic_sd_lookup.policy
+    drafted: list[list[int]] = []
+    propose = speculator.propose
+
+    def remember(*arguments: Any, **named: Any) -> Any:
+        drafts, wanted = propose(*arguments, **named), named["num_speculative_tokens"]
+        drafted.extend(drafts[:, :wanted].tolist())
+        return drafts
+
+    def run() -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """What is said, drafted and counted by an engine that has learnt nothing yet."""
+        drafted.clear()
+        for part in (*state.calibration, state.counters):
+            part.zero_()
+        turns = cycle([3, 3, 1, 3, 0, 2, 3, 3, 2, 0, 1, 1])
+        monkeypatch.setattr(policy, "choose", lambda requests: next(turns))
+        return engine.run(given, 20).tokens, drafted.copy(), state.counters.tolist()
+
+    monkeypatch.setattr(speculator, "propose", remember)
+    eager = run()
+    assert eager[0] == plain.run(given, 20).tokens
+    assert eager[2][0] > 0
+
+    sizes = (1, 2, 4, 8, 16)
+    forwards = ForwardClosures(engine, 8, sizes)
+    forwards.install(monkeypatch)
+    outcomes = speculator.outcome_graphs = OutcomeClosures(engine, 8, sizes)
+    drafts = speculator.graphs = DraftClosures(8, *speculator.shape.widths)
+    speculator.capture()
+    # Sixteen rows are four requests with three drafts, or eight with one: these have no blocks beside them.
+    assert one.captured == {(1, 4), (2, 8), (4, 16)}
+    assert run() == eager
+    assert forwards.rows_replayed == {1, 2, 3, 4}
+    assert drafts.rows_replayed == set(speculator.shape.widths) == {1, 2, 8}
+    assert outcomes.rows_replayed == {4}
+    assert 4 in forwards.replayed, "no replay had rows to spare"
 
 
 class Pools:

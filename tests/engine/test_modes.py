@@ -125,7 +125,9 @@ def test_drafts_that_do_not_pay_are_soon_given_up(start: StartEngine, tiny: Chec
     [
         ({"orthrus_modes": [3, 5]}, "must name different numbers of drafts, among them 0"),
         ({"orthrus_modes": [0, 99]}, "which is the most"),
-        ({"orthrus_modes": [0, 7], "num_speculative_tokens": 7, "orthrus_passes": "one"}, "needs two passes"),
+        ({"orthrus_modes": [0, 5, 9], "orthrus_passes": "one"}, r"for example \[0, 3, 6, 7\]"),
+        ({"orthrus_modes": [0, 7], "num_speculative_tokens_per_batch_size": [(1, 8, 7)]}, "Leave one of them out"),
+        ({"orthrus_modes": [0, 7], "orthrus_check_attention": True}, "no orthrus_check_attention"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], message: str, tiny: Checkpoints, start: StartEngine) -> None:

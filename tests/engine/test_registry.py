@@ -11,7 +11,6 @@ import pytest
 
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus import patches
-from vllm_orthrus.patches import metrics
 from vllm_orthrus.patches.registry import Patch, State, apply_all, is_property, literals, locate, takes
 
 
@@ -94,7 +93,7 @@ def test_importers_by_name_are_followed() -> None:
 
 def test_every_patch_applies_here() -> None:
     assert patches.install()
-    metrics.count_in_this_worker()
+    patches.install_in_worker()
     for one in (*patches.PATCHES, *patches.WORKER_PATCHES):
         assert one.state in (State.APPLIED, State.NOT_NEEDED), f"{one.target}: {one.problem}"
 
@@ -110,11 +109,14 @@ def test_the_model_runner_is_not_imported_for_its_patch() -> None:
 
 def test_an_unknown_model_runner_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(metrics, "WORKER_PATCHES", [patch("method", check=takes("self", "other"))])
-    metrics.count_in_this_worker()
+    monkeypatch.setattr(patches.logger, "warning", lambda text, *values: said.append(text % values))
+    other = patch("table[entry]", check=lambda value: None, replace=lambda value: value + 1)
+    monkeypatch.setattr(patches, "WORKER_PATCHES", [patch("method", check=takes("self", "other")), other])
+    patches.install_in_worker()
+    assert len(said) == 1
     assert "Target.method" in said[0]
-    assert Target().method(1) == 1
+    assert (Target().method(1), Target.table["entry"]) == (1, 2), "one does not hold back the other"
+    Target.table["entry"] = 1
 
 
 def test_every_patch_explains_itself() -> None:

@@ -3,13 +3,16 @@
 python -m tests.rehearsal.graph_table
 """
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.rehearsal.gpus import GPUS
 from tests.rehearsal.machines import Ask, machines
-from tests.rehearsal.qwen3 import load
+from tests.rehearsal.qwen3 import Loaded, load, verification_graphs
 
 PAGE = Path(__file__).parents[2] / "docs" / "graphs.md"
 MOST_REQUESTS = 64
@@ -31,6 +34,7 @@ class Batch(NamedTuple):
     outcome: Graph | None  # that takes up what became of it
     drafts: Graph  # of a pass of their own
     reading: Graph  # the forward, if one of the requests reads its prompt
+    fewer: list[tuple[Graph, Graph | None]]  # verification and draft pass of each mode of fewer drafts
 
 
 class Serving(NamedTuple):
@@ -44,6 +48,10 @@ class Serving(NamedTuple):
     captured: list[int]
     block: int
     verified: int
+    modes: list[int]
+    graphs: dict[str, int]  # how many there are
+    by_size: int  # that there would be, if vLLM's sizes were captured for every mode
+    fixed: int  # that there would be for one mode
     batches: list[Batch]
 
 
@@ -53,28 +61,45 @@ def ask_managers() -> Serving:
     loaded = load()
     scheduler, speculator = loaded.config.scheduler_config, loaded.speculator
     shape, block = speculator.shape, speculator.shape.block
-    verified = shape.verified
+    verified, modes = shape.verified, list(shape.modes)
+    target, drafts, outcomes = loaded.target_graphs, speculator.graphs, speculator.outcome_graphs
 
     def find(manager: Any, requests: int, tokens: int, each: int | None) -> Graph:
         found, _ = dispatch_cg_and_sync_dp(manager, requests, tokens, each, 1, 0, uniform_decode=each is not None)
         return Graph(found.cg_mode.name, found.num_reqs, found.num_tokens)
 
     def batch(n: int) -> Batch:
-        verification = find(loaded.target_graphs, n, n * verified, verified)
+        verification = find(target, n, n * verified, verified)
         padded = verification.requests or n
         # Graphs of single pieces have no place for hypotheses; no graph at all is as good as a full one.
         hypotheses = 0 if verification.mode == "PIECEWISE" else shape.num_hypotheses(padded)
-        outcome = speculator.outcome_graphs.find(padded)
+        outcome = outcomes.find(padded)
         drafting = min(n, speculator.draft_pass.at_once)
+
+        def pass_of(width: int) -> Graph:
+            return find(drafts, drafting, drafting * width, width)
+
         return Batch(
             n,
             verification,
             hypotheses,
             None if outcome is None else Graph(outcome.cg_mode.name, outcome.num_reqs, outcome.num_tokens),
-            find(speculator.graphs, drafting, drafting * block, block),
-            find(loaded.target_graphs, n, (n - 1) * verified + PROMPT, None),
+            pass_of(block),
+            find(target, n, (n - 1) * verified + PROMPT, None),
+            [(find(target, n, n * (mode + 1), mode + 1), pass_of(mode) if mode else None) for mode in modes[:-1]],
         )
 
+    def verifications(mode: int) -> int:
+        return sum(graph.uniform_token_count == mode + 1 for graph in target.graphs)
+
+    pieces = sum(graph.cg_mode.name == "PIECEWISE" for graph in target.graphs)
+    graphs = {
+        "pieces": pieces,
+        **{f"{mode} drafts": verifications(mode) for mode in modes},
+        "draft passes": len(drafts.graphs),
+        "outcomes": len(outcomes.graphs),
+    }
+    widest = sum(graph.uniform_token_count == block for graph in drafts.graphs)
     return Serving(
         scheduler.max_num_seqs,
         speculator.draft_pass.at_once,
@@ -84,17 +109,33 @@ def ask_managers() -> Serving:
         loaded.config.compilation_config.cudagraph_capture_sizes,
         block,
         verified,
+        modes,
+        graphs,
+        pieces + by_size(loaded, modes) + len(drafts.graphs) + len(outcomes.graphs),
+        pieces + verifications(modes[-1]) + widest + len(outcomes.graphs),
         [batch(n) for n in range(1, MOST_REQUESTS + 1)],
     )
+
+
+def by_size(loaded: Loaded, modes: list[int]) -> int:
+    """Graphs of whole verifications that vLLM plans for a table with these numbers of drafts."""
+    with pytest.MonkeyPatch.context() as patch:
+        table = [(size, size, mode) for size, mode in enumerate(modes, start=1)]
+        patch.setattr(loaded.config.speculative_config, "orthrus_modes", None)
+        patch.setattr(loaded.config.speculative_config, "num_speculative_tokens_per_batch_size", table)
+        return len(verification_graphs(loaded.config, loaded.mode))
 
 
 def page(ask: Ask) -> str:
     found: dict[str, Serving] = {gpu: ask(gpu, ask_managers) for gpu in GPUS}
     one = next(iter(found.values()))
-    alike: dict[str, list[str]] = {}
-    for gpu, serving in found.items():
-        alike.setdefault(batches_table(serving), []).append(gpu)
-    tables = "\n".join(f"**{', '.join(gpus)}**\n\n{table}" for table, gpus in alike.items())
+
+    def tables(table: Callable[[Serving], str]) -> str:
+        alike: dict[str, list[str]] = {}
+        for gpu, serving in found.items():
+            alike.setdefault(table(serving), []).append(gpu)
+        return "\n".join(f"**{', '.join(gpus)}**\n\n{text}" for text, gpus in alike.items())
+
     return f"""# Which batches have CUDA graphs
 
 What vLLM's own graph managers answer for Qwen3-8B and its released head under `vllm serve`, with every other setting
@@ -108,13 +149,26 @@ every supported vLLM.
 {serving_table(found)}
 Larger batches draft in turns. Scheduling is asynchronous.
 
-## By number of requests
+## With the most drafts, in one pass
 
 *Full*: one graph replays the forward. *Pieces*: all but attention is replayed, and no hypotheses ride. *None*: compiled
 code without a graph. Where hypotheses ride, a graph takes up the outcome as well; where they don't, and behind prompts,
 drafts come from a pass of their own.
 
-{tables}"""
+{tables(batches_table)}
+## With fewer drafts, in two passes
+
+Each step may make {one.modes[-1]} drafts or fewer (`orthrus_modes`). These verifications have graphs of their own, and
+draft passes have them too, whose blocks have a row for each draft. No hypotheses ride.
+
+{tables(fewer_table)}
+## How many there are
+
+vLLM's sizes, {len(one.captured)} here, count tokens. Of verifications of fewer drafts than the most they count
+requests, so that plain decoding has the graphs that it has by itself, and modes with more rows have fewer. *By size*:
+what there would be if vLLM planned them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`.
+
+{graphs_table(found)}"""
 
 
 def serving_table(found: dict[str, Serving]) -> str:
@@ -166,6 +220,31 @@ def batches_table(serving: Serving) -> str:
         requests = span(same[0].requests, same[-1].requests)
         rows.append([requests, verification, hypotheses, span(*rows_of), *others])
     return markdown(names, rows)
+
+
+def fewer_table(serving: Serving) -> str:
+    names = ["requests"]
+    for mode in serving.modes[:-1]:
+        names += [f"verification of {mode}", f"draft pass of {mode}"] if mode else ["plain decoding"]
+
+    def cells(batch: Batch) -> list[str]:
+        graphs = [graph for pair in batch.fewer for graph in pair if graph is not None]
+        return [describe(graph, f", of {graph.requests}") for graph in graphs]
+
+    rows = []
+    for same, several in groupby(serving.batches, cells):
+        numbers = [batch.requests for batch in several]
+        rows.append([span(numbers[0], numbers[-1]), *same])
+    return markdown(names, rows)
+
+
+def graphs_table(found: dict[str, Serving]) -> str:
+    kinds = list(next(iter(found.values())).graphs)
+    rows = [
+        [gpu, *serving.graphs.values(), sum(serving.graphs.values()), serving.by_size, serving.fixed]
+        for gpu, serving in found.items()
+    ]
+    return markdown(["GPU", *kinds, "together", "by size", "fixed"], rows)
 
 
 def describe(graph: Graph, more: str = "") -> str:

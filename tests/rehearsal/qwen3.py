@@ -83,10 +83,9 @@ def load(*settings: tuple[str, Any]) -> Loaded:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.worker.gpu import spec_decode
     from vllm.v1.worker.gpu.attn_utils import init_attn_backend
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
-
-    from vllm_orthrus.engine.speculator import OrthrusSpeculator
 
     config, device = configure(dict(settings)), torch.device("meta")
     most, drafts = config.scheduler_config.max_num_seqs, config.speculative_config.num_speculative_tokens
@@ -94,7 +93,7 @@ def load(*settings: tuple[str, Any]) -> Loaded:
         meet()
         with set_default_torch_dtype(config.model_config.dtype), device:
             model = initialize_model(config)
-        speculator = OrthrusSpeculator(config, device)
+        speculator: Any = spec_decode.init_speculator(config, device, None)
         speculator.load_model(model)
         attention = config.compilation_config.static_forward_context
         specs = [layer.get_kv_cache_spec(config) for layer in attention.values()]
@@ -111,6 +110,17 @@ def load(*settings: tuple[str, Any]) -> Loaded:
         manager.graphs = dict.fromkeys(graph for graphs in manager._capture_descs.values() for graph in graphs)
         manager._graphs_captured = True  # as after a capture, which needs the device
     return Loaded(config, list(attention.values()), speculator, support, mode, target_graphs)
+
+
+def verification_graphs(config: Any, mode: Any) -> list[Any]:
+    """Of whole verifications, as planned where graphs have this mode."""
+    import torch
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    verified = 1 + config.speculative_config.num_speculative_tokens
+    manager = ModelCudaGraphManager(config, torch.device("meta"), mode, decode_query_len=verified)
+    return list(manager._capture_descs.get(CUDAGraphMode.FULL, ()))
 
 
 def resolve(config: Any, support: Any, cache_config: Any) -> Any:

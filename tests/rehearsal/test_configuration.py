@@ -1,5 +1,6 @@
 """`vllm serve Qwen/Qwen3-8B` with its head, on the GPUs that people have."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def configuration() -> dict[str, Any]:
         "limits": (scheduler.max_num_seqs, scheduler.max_num_active_seqs, scheduler.max_num_batched_tokens),
         "asynchronous": scheduler.async_scheduling,
         "ours": (ours.orthrus_block_size, ours.num_speculative_tokens, ours.orthrus_passes, ours.orthrus_attention),
+        "modes": ours.orthrus_modes,
         "runner": config.use_v2_model_runner,
         "interpreter": interpreter_enabled(),
         "patches": {patch.state for patch in PATCHES if patch.applies()} == {State.APPLIED},
@@ -48,10 +50,30 @@ def test_serving_with_defaults(gpu: str, ask: Ask) -> None:
         "limits": SERVING[gpu],
         "asynchronous": True,
         "ours": (BLOCK, 15, "one", "auto"),
+        "modes": [0, 3, 7, 14, 15],
         "runner": True,
         "interpreter": False,
         "patches": True,
     }
+
+
+def modes(**settings: Any) -> list[int] | None:
+    found: list[int] | None = configure(settings).speculative_config.orthrus_modes
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"orthrus_passes": "one"}, None),
+        ({"orthrus_passes": "two"}, None),
+        ({"orthrus_modes": []}, []),
+        ({"orthrus_attention": "write_through"}, [0, 3, 7, 15]),  # which cannot be in one pass
+        ({"num_speculative_tokens_per_batch_size": [(1, 8, 15), (9, 1024, 3)]}, None),
+    ],
+)
+def test_modes_are_a_default_that_gives_way(settings: dict[str, Any], expected: list[int] | None, ask: Ask) -> None:
+    assert ask("H200", partial(modes, **settings)) == expected
 
 
 def chosen() -> dict[str, Any]:

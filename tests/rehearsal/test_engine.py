@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
@@ -112,7 +113,7 @@ def test_the_kernel_path_has_twins_too(
 def test_every_step_launches_what_was_warmed_up(
     start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every number of requests, so that none waits for a compiler."""
+    """For every number of requests and of drafts, so that none waits for a compiler."""
     os.environ[SETTING] = "triton"
     recorder, warm, warm_up = Recorder(), set[Launch](), OrthrusSpeculator._warm_up
 
@@ -123,9 +124,12 @@ def test_every_step_launches_what_was_warmed_up(
 
     monkeypatch.setattr(OrthrusSpeculator, "_warm_up", remember)
     with recorder.recording(monkeypatch):
-        engine = start(one_pass(tiny.block_head, **ROWS), max_num_seqs=5)
+        engine = start(one_pass(tiny.block_head, **ROWS, orthrus_modes=[0, 1, 3, 4]), max_num_seqs=5)
+        turns = cycle([4, 4, 3, 4, 1, 0])
+        scheduler: Any = engine.llm.llm_engine.engine_core.engine_core.scheduler
+        monkeypatch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests: next(turns))
         for count in (1, 2, 3, 4, 5):
-            engine.run(prompts(count, shortest=7), 5)
+            engine.run(prompts(count, shortest=7), 8)
     launched = recorder.take()
     assert {launch.kernel for launch in launched} >= {
         "_attend_kernel",

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import pytest
 
 from tests.rehearsal.machines import Ask
-from tests.rehearsal.qwen3 import configure, load, resolve
+from tests.rehearsal.qwen3 import configure, load, resolve, verification_graphs
 
 
 class Handed(NamedTuple):
     mode: str  # that vLLM hands to its own manager and to the speculator
+    fewer: int  # graphs of verifications of fewer drafts than the most
     drafts: int  # graphs of draft passes
     outcomes: int  # graphs that take up an outcome
 
@@ -31,7 +32,9 @@ def handed(support: str, asked: str | None) -> Handed:
         )
     finally:
         speculator.graphs, speculator.outcome_graphs = kept
-    return Handed(mode.name, drafts, outcomes)
+    planned = verification_graphs(speculator.vllm_config, mode)
+    fewer = sum(graph.uniform_token_count not in (None, speculator.shape.verified) for graph in planned)
+    return Handed(mode.name, fewer, drafts, outcomes)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,41 @@ def test_mode_that_is_handed_to_the_speculator(support: str, asked: str | None, 
     found = ask("H200", handed, support, asked)
     assert found.mode == mode
     if mode.startswith("FULL"):
-        assert (found.drafts, found.outcomes) == (11, 6)
+        assert (found.drafts, found.outcomes) == (4 * 11, 6)
+        assert found.fewer == (0 if mode == "FULL" else 51 + 19 + 11 + 8), "in one that serves any batch they are"
     else:
         assert found.outcomes == 0, "no verification has a graph that could carry hypotheses"
-        assert found.drafts == (0 if mode == "NONE" else 11), "our passes are captured by themselves"
+        assert found.drafts == (0 if mode == "NONE" else 4 * 11), "our passes are captured by themselves"
+        assert found.fewer == 0
+
+
+class Carrying(NamedTuple):
+    planned: set[tuple[int, int]]  # requests and rows of each, of graphs of whole verifications
+    carrying: set[tuple[int, int]]  # those that are captured with places for hypotheses
+    largest: dict[int, int]  # by rows of each, the most requests
+
+
+def carrying(most_requests: int | None) -> Carrying:
+    loaded = load()
+    one = loaded.speculator.drafting.one_pass
+    config = loaded.config if most_requests is None else configure(max_num_seqs=most_requests)
+    planned = {(graph.num_reqs, graph.num_tokens) for graph in verification_graphs(config, loaded.mode)}
+    found = {(requests, tokens // requests) for requests, tokens in planned if one.dummy(requests, tokens) is not None}
+    rows = [(requests, tokens // requests) for requests, tokens in planned]
+    return Carrying(set(rows), found, {each: requests for requests, each in sorted(rows)})
+
+
+@pytest.mark.parametrize("gpu", ["H200", "RTX 4090"])
+def test_only_verifications_of_the_most_drafts_carry_hypotheses(gpu: str, ask: Ask) -> None:
+    found = ask(gpu, carrying, None)
+    assert found.carrying == {(requests, 16) for requests in range(1, 7)}
+    # As many rows as these have, in graphs of another number of requests.
+    assert {(2, 8), (8, 4), (4, 8), (16, 4), (32, 1), (64, 1)} <= found.planned - found.carrying
+    assert found.largest == {1: 512 if gpu == "H200" else 256, 4: 128, 8: 64, 15: 34, 16: 32}
+
+
+@pytest.mark.parametrize("most_requests", [1, 3])
+def test_every_mode_has_graphs_for_few_requests_as_well(most_requests: int, ask: Ask) -> None:
+    """vLLM's own table would have room for as many modes as requests."""
+    found = ask("RTX 4090", carrying, most_requests)
+    assert found.largest == dict.fromkeys((1, 4, 8, 15, 16), most_requests)

@@ -102,9 +102,8 @@ def _patches(explain: bool) -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
     yield Finding("ok", "platform", str(current_platform.device_name or current_platform.device_type))
-    from vllm_orthrus.patches import PATCHES, WORKER_PATCHES, State, install
+    from vllm_orthrus.patches import PATCHES, WORKER_PATCHES, State, install, install_in_worker
     from vllm_orthrus.patches.cpu import interpreter_enabled
-    from vllm_orthrus.patches.metrics import count_in_this_worker
 
     if interpreter_enabled():
         from vllm_orthrus.patches.native import recognised
@@ -120,7 +119,7 @@ def _patches(explain: bool) -> Iterator[Finding]:
         )
     installed = install()
     if installed:
-        count_in_this_worker()
+        install_in_worker()
     for patch in (*PATCHES, *WORKER_PATCHES):
         reasons = f"{patch.why} Goes when {patch.remove_when} ({patch.upstream})." if explain else ""
         if patch.state is State.REFUSED:

@@ -63,8 +63,9 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     orthrus_modes: list[int] | None = None
     """Numbers of drafts to choose from in each step, by what a step takes and by how many drafts are kept; 0 is plain
-    decoding. Unset, and with `orthrus_passes` at "auto": as many as there are, half, a quarter and none, where nothing
-    is captured for one of these alone; else always `num_speculative_tokens`. An empty list: always that."""
+    decoding. In one pass the most of them, `num_speculative_tokens`, means one pass, and every other two. Unset, and
+    with `orthrus_passes` at "auto": as many as there are, half, a quarter and none, and in one pass one fewer than
+    there are; else always `num_speculative_tokens`. An empty list: always that."""
 
     orthrus_time_modes: bool = True
     """Time each mode before serving, where there is a choice: at most some 3 seconds on a GPU and 10 on a CPU, and only
@@ -184,16 +185,17 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             dear = not _compiles_kernels() and self.orthrus_verification == "backend"
             self.orthrus_passes = "two" if obstacles or dear else "one"
             if self.orthrus_modes is None and self._may_change_modes():
-                self.orthrus_modes = default_modes(self.num_speculative_tokens or 0)
+                self.orthrus_modes = self._default_modes()
         if self.orthrus_modes:
             self._check_modes(self.orthrus_modes)
 
+    def _default_modes(self) -> list[int]:
+        return default_modes(self.num_speculative_tokens or 0, self.orthrus_passes == "one")
+
     def _may_change_modes(self) -> bool:
-        """Graphs of verifications are captured for one number of drafts."""
+        """Nobody else decides the number of drafts, and all ranks draft as many."""
         return (
-            self.orthrus_passes == "two"
-            and (self.target_model_config.enforce_eager or not _compiles_kernels())
-            and self.num_speculative_tokens_per_batch_size is None
+            self.num_speculative_tokens_per_batch_size is None
             and not self.enable_adaptive_verification
             and not self.orthrus_check_attention  # which is there to see many drafts
             and self.target_parallel_config.data_parallel_size == 1
@@ -205,12 +207,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             raise ValueError(
                 f"orthrus_modes={modes} must name different numbers of drafts, among them 0 and "
                 f"num_speculative_tokens={most}, which is the most. Leave it out, or give for example "
-                f"{default_modes(most or 0)}."
+                f"{self._default_modes()}."
             )
         if not self._may_change_modes():
             raise ValueError(
-                f"orthrus_modes={modes} needs two passes without CUDA graphs (orthrus_passes='two', enforce_eager or a "
-                "CPU), one data-parallel rank, no orthrus_check_attention, and neither "
+                f"orthrus_modes={modes} needs one data-parallel rank, no orthrus_check_attention, and neither "
                 "num_speculative_tokens_per_batch_size nor enable_adaptive_verification, which decide the same. Leave "
                 "one of them out."
             )
@@ -264,9 +265,14 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.orthrus_mask_token_id = head.mask_token_id
 
 
-def default_modes(most: int) -> list[int]:
-    """None, a quarter, half and all, as far as they differ."""
-    return sorted({0, most} | {drafts for drafts in (most // 2, most // 4) if drafts > 1})
+def default_modes(most: int, one_pass: bool = False) -> list[int]:
+    """None, a quarter, half and all, as far as they differ.
+
+    In one pass all of them mean just that. One fewer is then the way to draft as far in two, where blocks in the
+    verification cost more than they bring.
+    """
+    fewer = {drafts for drafts in (most // 2, most // 4) if drafts > 1}
+    return sorted({0, most} | fewer | ({most - 1} if one_pass else set()))
 
 
 def known_settings() -> list[str]:

@@ -48,21 +48,23 @@ class DraftPass:
 
     def run(self, num_reqs: int, longest: int, graphs: BlockGraphs | None, drafts: int | None = None) -> None:
         """Over the first rows. longest: an upper bound on their prefixes; drafts: how many are wanted, if not all."""
+        width = self._width(drafts)
         if graphs is not None:
-            block = self.shape.block
-            graph = graphs.dispatch(num_reqs, num_reqs * block, block, num_active_loras=0)
+            graph = graphs.find(num_reqs, width)
             if graph.cg_mode == CUDAGraphMode.FULL:
-                self.attention.begin(self.rows.blocks(graph.num_reqs, longest))
+                self.attention.begin(self.rows.blocks(graph.num_reqs, longest, width))
                 graphs.run_fullgraph(graph)
                 return
-        width = self._width(drafts)
         self.compute(num_reqs, self.attention.begin(self.rows.blocks(num_reqs, longest, width)), width)
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows that a block may have here, the most last."""
+        return self.shape.widths if self.attention.takes_any_width else [self.shape.block]
 
     def _width(self, drafts: int | None) -> int:
         """Rows of a block: one for each draft, if fewer than all are wanted. Narrow blocks draft no worse."""
-        if drafts is None or drafts >= self.shape.drafts or not self.attention.takes_any_width:
-            return self.shape.block
-        return drafts
+        return drafts if drafts in self.widths else self.shape.block
 
     def compute(self, num_reqs: int, context: ForwardInputs, width: int) -> None:
         """The pass itself, on buffers only: this is what a CUDA graph captures."""
@@ -86,16 +88,17 @@ class DraftPass:
             ours = most >= block
             self.at_once = min(self.shape.at_once, most // block) or self.shape.at_once
         mode = CUDAGraphMode.FULL_DECODE_ONLY if ours else CUDAGraphMode.NONE
-        return BlockGraphs(self.vllm_config, device, mode, block, self.at_once)
+        return BlockGraphs(self.vllm_config, device, mode, self.widths, self.at_once)
 
     def capture(self, graphs: BlockGraphs) -> None:
         self.rows.clear()
 
         def prepare(descriptor: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            blocks = self.rows.blocks(descriptor.num_reqs, self.rows.max_model_len)
+            width = descriptor.uniform_token_count
+            blocks = self.rows.blocks(descriptor.num_reqs, self.rows.max_model_len, width)
             context = self.attention.begin(blocks, capturing=True)
-            return lambda mode: self.compute(descriptor.num_reqs, context, self.shape.block)
+            return lambda mode: self.compute(descriptor.num_reqs, context, width)
 
         graphs.capture(prepare, "Capturing Orthrus drafts")
-        captured = sorted(descriptor.num_reqs for descriptor in graphs.graphs)
+        captured = sorted({descriptor.num_reqs for descriptor in graphs.graphs})
         logger.info("Orthrus drafts have CUDA graphs for these numbers of requests: %s.", captured)

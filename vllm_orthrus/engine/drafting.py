@@ -33,13 +33,18 @@ class Turn(NamedTuple):
     """Requests that share a draft pass."""
 
     slots: HostInts  # [n]; none in a dummy run
-    new: HostInts  # [n] bool, their prompt ends in this step
     together: int  # requests that draft in this step, in this turn or another
+    drafts: int  # that are wanted of each
+
+
+def read_prompts(batch: InputBatch) -> HostInts:
+    """[num_reqs] bool: which requests read their prompt in this step."""
+    reading: HostInts = batch.num_computed_tokens_np[: batch.num_reqs] < batch.prefill_len_np[: batch.num_reqs]
+    return reading
 
 
 class Drafting(ABC):
     carried = False  # the verification that ran last had blocks beside it
-    takes_narrow_blocks = False  # of a draft pass that was asked for fewer drafts
 
     @abstractmethod
     def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
@@ -54,8 +59,11 @@ class Drafting(ABC):
         """Sample drafts for all of the batch from blocks that its verification carried. False if some have none."""
 
     @abstractmethod
-    def forget(self, slots: HostInts) -> None:
-        """Their next verification was not drafted for here, so nothing that is remembered of them applies to it."""
+    def forget(self, slots: HostInts, reading: HostInts) -> None:
+        """Nothing that is remembered of these slots applies to their next verification.
+
+        reading [n] bool: their prompt is being read, so not even what was learnt applies: it was of another request.
+        """
 
     @abstractmethod
     def warm_up(self, batch: InputBatch) -> None:

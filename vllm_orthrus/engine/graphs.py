@@ -1,4 +1,6 @@
-"""CUDA graphs of draft passes, and of what takes up the outcome of a verification."""
+"""CUDA graphs of draft passes, of what takes up the outcome of a verification, and of verifications of fewer drafts."""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -7,39 +9,29 @@ from vllm_orthrus.engine.vllm import BatchExecutionDescriptor, CudaGraphManager,
 
 
 class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
-    """CUDA graphs of the draft pass, one per number of requests.
+    """CUDA graphs of the draft pass, one per width of a block and number of requests.
 
-    vLLM's own grid counts tokens and stops at a size meant for the target; a draft always has `block` rows per
-    request, so the only thing that varies is how many requests there are.
+    vLLM's own grid counts tokens and stops at a size meant for the target; a draft always has as many rows for each
+    request, so the only other thing that varies is how many requests there are.
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, block: int, largest: int
+        self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode, widths: Sequence[int], largest: int
     ) -> None:
-        """largest: the most requests that draft in one pass."""
-        self.largest = largest
-        super().__init__(vllm_config, device, mode, decode_query_len=block)
+        """widths: rows of a block; largest: the most requests that draft in one pass."""
+        self.widths, self.largest = widths, largest
+        super().__init__(vllm_config, device, mode, decode_query_len=max(widths))
 
     def _init_candidates(self) -> None:
         if not self.cudagraph_mode:
             return
-        largest = self.largest
-        counts = [count for count in (1, 2, 4, *range(8, largest, 8)) if count < largest]
-        descriptors = [
-            BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.FULL,
-                num_tokens=count * self.decode_query_len,
-                num_reqs=count,
-                uniform_token_count=self.decode_query_len,
-            )
-            for count in (*counts, largest)
-        ]
-        self._capture_descs[CUDAGraphMode.FULL] = descriptors[::-1]  # largest first, so that the pool is reused
-        smallest = 0
-        for descriptor in descriptors:
-            for num_tokens in range(smallest, descriptor.num_tokens + 1):
-                self._candidates[num_tokens, 0] = [descriptor]
-            smallest = descriptor.num_tokens + 1
+        counts = [count for count in (1, 2, 4, *range(8, self.largest, 8)) if count < self.largest]
+        for width in self.widths:
+            plan_graphs(self, width, (*counts, self.largest))
+
+    def find(self, num_reqs: int, width: int) -> BatchExecutionDescriptor:
+        """The smallest graph that holds so many requests, or a descriptor that says that there is none."""
+        return self.dispatch(num_reqs, num_reqs * width, width, num_active_loras=0)
 
 
 class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
@@ -55,10 +47,48 @@ class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
     def _init_candidates(self) -> None:
         super()._init_candidates()
         for mode, descriptors in self._capture_descs.items():
-            self._capture_descs[mode] = [one for one in descriptors if self.shape.num_hypotheses(one.num_reqs)]
+            self._capture_descs[mode] = [
+                one
+                for one in descriptors
+                if one.uniform_token_count == self.shape.verified and self.shape.num_hypotheses(one.num_reqs)
+            ]
 
     def find(self, num_reqs: int) -> BatchExecutionDescriptor | None:
         """The graph for exactly so many requests: how many hypotheses each has depends on it."""
         verified = self.shape.verified
         graph = self.dispatch(num_reqs, num_reqs * verified, verified, num_active_loras=0)
         return graph if graph in self.graphs and graph.num_reqs == num_reqs else None
+
+
+def plan_graphs(manager: CudaGraphManager, rows: int, counts: Iterable[int]) -> None:
+    """Of forwards with so many rows for each request. counts: of requests, ascending."""
+    planned = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
+    smallest = 0
+    for count in counts:
+        descriptor = BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.FULL,
+            num_tokens=count * rows,
+            num_reqs=count,
+            uniform_token_count=rows,
+        )
+        planned.append(descriptor)
+        for num_tokens in range(smallest, descriptor.num_tokens + 1):
+            # First of those for as many tokens: others are for another number of rows each, or of single pieces.
+            manager._candidates.setdefault((num_tokens, 0), []).insert(0, descriptor)
+        smallest = descriptor.num_tokens + 1
+    planned.sort(key=lambda one: one.num_tokens, reverse=True)  # so that the pool is reused
+
+
+def plan_modes(manager: CudaGraphManager, modes: Iterable[int]) -> None:
+    """Graphs of whole verifications of fewer drafts than the most, beside those that vLLM has planned for the most.
+
+    vLLM's sizes count tokens. Here they count requests: as many graphs as plain decoding has by itself, and fewer the
+    more rows a request has. Sizes of tokens would give every mode as many as plain decoding.
+    """
+    mode, sizes = manager.cudagraph_mode, manager.compilation_config.cudagraph_capture_sizes
+    if not (sizes and mode.separate_routine() and mode.decode_mode() == CUDAGraphMode.FULL):
+        return  # graphs of any rows serve these as well, or there are none of whole verifications
+    for rows in (drafts + 1 for drafts in modes):
+        most = min(manager.max_num_reqs, max(sizes) // rows)
+        if most and rows != manager.decode_query_len:
+            plan_graphs(manager, rows, sorted({min(size, most) for size in sizes}))

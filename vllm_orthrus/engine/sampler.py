@@ -17,11 +17,13 @@ class DraftSampler:
         self.drafts = torch.zeros(room, shape.drafts, dtype=torch.int64, device=device)
         self.columns = torch.arange(shape.drafts, dtype=torch.int32, device=device).repeat(room, 1)
 
-    def sample_block(self, num_reqs: int, hidden: torch.Tensor, view: DiffusionView) -> None:
-        """From the rows of a draft pass [num_reqs, block, hidden]. A draw is keyed by the position of its row."""
+    def sample_block(
+        self, num_reqs: int, hidden: torch.Tensor, view: DiffusionView, keys: torch.Tensor | None = None
+    ) -> None:
+        """From the rows of a draft pass [num_reqs, block, hidden]. Keys, if not given: the positions of the rows."""
         drafting = hidden[:, : self.shape.drafts]
-        keys = self.rows.positions[:num_reqs, : drafting.shape[1]]
-        self.sample(num_reqs, view.compute_logits(drafting.flatten(0, 1)), keys)
+        keys = self.rows.positions[:num_reqs] if keys is None else keys
+        self.sample(num_reqs, view.compute_logits(drafting.flatten(0, 1)), keys[:, : drafting.shape[1]])
 
     def sample(self, num_reqs: int, logits: torch.Tensor, keys: torch.Tensor) -> None:
         """logits [num_reqs * n, vocabulary] of the first n drafts; keys [num_reqs, n], of the draws.

@@ -19,10 +19,12 @@ class DraftShape:
     rows: int  # the most rows of a forward that carries hypotheses
     max_num_reqs: int  # requests that hold a slot
     max_pass_rows: int  # of a draft pass
+    modes: tuple[int, ...] = ()  # numbers of drafts that a step may make, where they change
 
     @classmethod
     def of(cls, vllm_config: Any) -> "DraftShape":
         config, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+        table = config.num_speculative_tokens_per_batch_size or ()
         return cls(
             config.orthrus_block_size,
             config.num_speculative_tokens,
@@ -33,12 +35,18 @@ class DraftShape:
             scheduler.max_num_seqs,
             # vLLM sizes its profile run, compiled ranges and workspaces for max_num_batched_tokens rows.
             min(MAX_PASS_ROWS, scheduler.max_num_batched_tokens),
+            tuple(config.orthrus_modes or (drafts for _, _, drafts in table)),
         )
 
     @property
     def verified(self) -> int:
         """Rows of a request's verification: the anchor and its drafts."""
         return self.drafts + 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows of a block in a draft pass, the widest last: one for each draft where fewer than all are wanted."""
+        return sorted({self.block, *(drafts for drafts in self.modes if 0 < drafts < self.drafts)})
 
     @property
     def at_once(self) -> int:

@@ -25,7 +25,7 @@ from vllm_orthrus.engine.attention.choice import choose_attention, workspace_for
 from vllm_orthrus.engine.attention.write_through import WriteThroughAttention
 from vllm_orthrus.engine.draft_pass import DraftPass
 from vllm_orthrus.engine.draft_rows import DraftRows
-from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
+from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn, read_prompts
 from vllm_orthrus.engine.graphs import BlockGraphs, OutcomeGraphs
 from vllm_orthrus.engine.load import load_view
 from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
@@ -152,10 +152,11 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         num_reqs = input_batch.num_reqs
-        slots = input_batch.idx_mapping_np[:num_reqs]
+        slots, reading = input_batch.idx_mapping_np[:num_reqs], read_prompts(input_batch)
         drafts: torch.Tensor = self.draft_tokens[:num_reqs]  # [num_reqs, K]
-        if num_speculative_tokens == 0:
-            self.drafting.forget(slots)
+        wanted = self.shape.drafts if num_speculative_tokens is None else num_speculative_tokens
+        if wanted == 0:
+            self.drafting.forget(slots, reading)
             return drafts
         self.temperature.copy_(temperature)
         self.seeds.copy_(seeds)
@@ -168,20 +169,20 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self._warm_up(input_batch, sampled)
         if self.drafting.take_up(input_batch, sampled, self.outcome_graphs):
             drafts.copy_(self.sampler.drafts[:num_reqs])
+            if wanted < self.shape.drafts:  # vLLM takes the first, whose verification carries no blocks
+                self.drafting.forget(slots, reading)
             return drafts
 
-        self.drafting.forget(slots)
+        self.drafting.forget(slots, reading)
         drafts.fill_(-1)  # "no draft", for requests that are still reading their prompt
         drafting = _past_prompt(input_batch)
-        wanted = num_speculative_tokens if self.drafting.takes_narrow_blocks else None
         for first in range(0, len(drafting), self.draft_pass.at_once):
             turn = drafting[first : first + self.draft_pass.at_once]
             rows = async_tensor_h2d(turn, self.device)  # [n], rows of the batch
             self.rows.prepare(rows, input_batch, sampled)
             longest = int(input_batch.seq_lens_cpu_upper_bound.numpy()[turn].max())
             self.draft_pass.run(len(turn), longest, self.graphs, wanted)
-            new = input_batch.num_computed_tokens_np[turn] < input_batch.prefill_len_np[turn]
-            self.drafting.finish(len(turn), Turn(slots[turn], new, len(drafting)))
+            self.drafting.finish(len(turn), Turn(slots[turn], len(drafting), wanted))
             drafts[rows] = self.sampler.drafts[: len(turn)]
         return drafts
 
@@ -192,14 +193,15 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         for first in range(0, num_reqs, self.draft_pass.at_once):
             n = min(self.draft_pass.at_once, num_reqs - first)
             self.draft_pass.run(n, 0, graphs)
-            self.drafting.finish(n, Turn(nobody, np.ones(n, dtype=bool), num_reqs))
+            self.drafting.finish(n, Turn(nobody, num_reqs, self.shape.drafts))
 
     def _warm_up(self, input_batch: InputBatch, sampled: Sampled) -> None:
         """In the first step, which vLLM makes up before it serves: its tensors have the types of all others."""
         nobody = async_tensor_h2d(np.zeros(0, dtype=np.int64), self.device)
         self.rows.prepare(nobody, input_batch, sampled)
         for num_reqs in range(1, self.draft_pass.at_once + 1):
-            attend_to_nothing(self.draft_pass.attention, self.rows.blocks(num_reqs, 0))
+            for width in self.draft_pass.widths:
+                attend_to_nothing(self.draft_pass.attention, self.rows.blocks(num_reqs, 0, width))
         self.drafting.warm_up(input_batch)
         self.warm = True
 

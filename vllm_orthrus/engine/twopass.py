@@ -11,8 +11,6 @@ from vllm_orthrus.engine.vllm import InputBatch
 
 
 class TwoPasses(Drafting):
-    takes_narrow_blocks = True
-
     def __init__(self, view: DiffusionView, shape: DraftShape, sampler: DraftSampler, local_argmax: bool) -> None:
         """local_argmax: each rank finds the likeliest token of its part of the vocabulary, and logits stay apart."""
         self.view, self.shape, self.sampler, self.local_argmax = view, shape, sampler, local_argmax
@@ -31,7 +29,7 @@ class TwoPasses(Drafting):
     def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
         return False
 
-    def forget(self, slots: HostInts) -> None:
+    def forget(self, slots: HostInts, reading: HostInts) -> None:
         """Nothing is remembered."""
 
     def warm_up(self, batch: InputBatch) -> None:

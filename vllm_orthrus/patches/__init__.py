@@ -2,11 +2,20 @@
 
 import logging
 
-from vllm_orthrus.patches import arguments, cpu, dispatch, limits, metrics, models, modes
+from vllm_orthrus.patches import arguments, cpu, dispatch, graphs, limits, metrics, models, modes
 from vllm_orthrus.patches.registry import Patch, State, apply_all
 from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
-__all__ = ["PATCHES", "SUPPORTED_VLLM", "WORKER_PATCHES", "Patch", "State", "install", "installed_vllm"]
+__all__ = [
+    "PATCHES",
+    "SUPPORTED_VLLM",
+    "WORKER_PATCHES",
+    "Patch",
+    "State",
+    "install",
+    "install_in_worker",
+    "installed_vllm",
+]
 
 PATCHES: list[Patch] = [
     *arguments.PATCHES,
@@ -16,7 +25,8 @@ PATCHES: list[Patch] = [
     *modes.PATCHES,
     *cpu.PATCHES,
 ]
-WORKER_PATCHES = metrics.WORKER_PATCHES
+# Only workers load what these are about.
+WORKER_PATCHES: list[Patch] = [*metrics.WORKER_PATCHES, *graphs.WORKER_PATCHES]
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
 logger = logging.getLogger("vllm.orthrus")
@@ -50,3 +60,10 @@ def install() -> bool:
         return False
     models.register()
     return True
+
+
+def install_in_worker() -> None:
+    """A model runner that is not recognised drafts all the same, only without what the patch was to give it."""
+    for patch in WORKER_PATCHES:
+        if apply_all([patch]):
+            logger.warning("vllm-orthrus leaves %s as it is (%s): %s", patch.target, patch.problem, patch.why)

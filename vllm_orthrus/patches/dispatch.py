@@ -16,9 +16,9 @@ def _init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_ours(vllm_config.speculative_config):
             return original(vllm_config, device, req_states)
         from vllm_orthrus.engine.speculator import OrthrusSpeculator
-        from vllm_orthrus.patches.metrics import count_in_this_worker
+        from vllm_orthrus.patches import install_in_worker
 
-        count_in_this_worker()
+        install_in_worker()
         return OrthrusSpeculator(vllm_config, device)
 
     return init_speculator

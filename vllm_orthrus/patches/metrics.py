@@ -11,7 +11,6 @@ vLLM's stat logger plugins would need none of the front end's patches, but one t
 every other method too, and Ray's metrics know nothing of it.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -20,9 +19,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from vllm_orthrus.patches.arguments import is_ours
-from vllm_orthrus.patches.registry import Patch, apply_all, takes
-
-logger = logging.getLogger("vllm.orthrus")
+from vllm_orthrus.patches.registry import Patch, takes
 
 Counts = dict[str, int]
 
@@ -247,9 +244,3 @@ WORKER_PATCHES = [
         replace=_sample_tokens,
     ),
 ]
-
-
-def count_in_this_worker() -> None:
-    """A model runner that is not recognised drafts all the same, but its counts are missing from the metrics."""
-    for patch in apply_all(WORKER_PATCHES):
-        logger.warning("vllm-orthrus leaves %s as it is (%s): %s", patch.target, patch.problem, patch.why)

@@ -33,7 +33,7 @@ def workspace_for(config: Any, shape: DraftShape, attn: Any, device: torch.devic
     def passes() -> Iterator[tuple[int, int]]:
         """Requests, and rows of each, in every pass that the kernel may attend in."""
         for num_reqs in range(1, shape.at_once + 1):
-            yield num_reqs, shape.block
+            yield from ((num_reqs, width) for width in shape.widths)
         if config.orthrus_passes == "one":
             for num_reqs in range(1, shape.most_carried + 1):
                 yield num_reqs, verified + shape.block * shape.num_hypotheses(num_reqs)

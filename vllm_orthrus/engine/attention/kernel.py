@@ -71,6 +71,8 @@ def _capability_below(major: int, minor: int) -> str | None:
 
 
 class KernelAttention(BlockAttention):
+    takes_any_width = True
+
     def __init__(self, layers: list[CachedLayer], workspace: torch.Tensor, verified: int = 0) -> None:
         """workspace: from `make_workspace`, of at least what any pass of this object needs.
 

@@ -78,7 +78,7 @@ class OnePassDrafting(Drafting):
 
     def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
         num_reqs = batch.num_reqs
-        if not (self.carried and self.memory.ready(batch.idx_mapping_np[:num_reqs])):
+        if not self.carried:
             return False
         self.rows.prepare(self.every_row[:num_reqs], batch, sampled)
         for buffer, values in ((self.num_sampled, sampled.num_sampled), (self.num_rejected, sampled.num_rejected)):
@@ -112,12 +112,14 @@ class OnePassDrafting(Drafting):
         hidden = self.memory.rows_at_hand(slot)  # [num_reqs, K + 1, hidden]
         logits = self.view.compute_logits(hidden.flatten(0, 1)).view(num_reqs, num_drafts + 1, -1)
         anchor_position, anchor = self.rows.positions[:num_reqs, 0], self.rows.input_ids[:num_reqs, 0]
-        # A draw is keyed by the step as well as by its place: which block it came from depended on earlier draws.
-        keys = anchor_position[:, None] * (num_drafts + 1) + self.sampler.columns[0]
-        self.sampler.sample(num_reqs, logits[:, :-1].flatten(0, 1), keys)
+        self.sampler.sample(num_reqs, logits[:, :-1].flatten(0, 1), self._keys(num_reqs))
         temperature = self.sampler.speculator.temperature[slot]
         drafts = self.sampler.drafts[:num_reqs]
         self.memory.choose(slot, anchor_position, anchor, logits, drafts, temperature)
+
+    def _keys(self, num_reqs: int) -> torch.Tensor:
+        """Of draws [num_reqs, K], by step as well as by place: which block drafts next depended on earlier draws."""
+        return self.rows.positions[:num_reqs, :1] * (self.shape.drafts + 1) + self.sampler.columns[0]
 
     def capture(self, graphs: OutcomeGraphs) -> None:
         self.num_sampled.zero_()
@@ -130,15 +132,17 @@ class OnePassDrafting(Drafting):
     # Where a draft pass was needed
 
     def keep(self, num_reqs: int, hidden: torch.Tensor) -> None:
-        self.drafted[:num_reqs] = hidden
+        self.drafted[:num_reqs, : hidden.shape[1]] = hidden
 
     def finish(self, num_reqs: int, turn: Turn) -> None:
         self.draft_passes += len(turn.slots)
-        if num_reqs < turn.together or self.shape.num_hypotheses(turn.together) == 0:
-            # The next verification has no room for blocks, so nothing need be remembered.
-            self.sampler.sample_block(num_reqs, self.drafted[:num_reqs], self.view)
+        fewer = turn.drafts < self.shape.drafts
+        if fewer or num_reqs < turn.together or self.shape.num_hypotheses(turn.together) == 0:
+            # The next verification carries no blocks, so nothing need be remembered.
+            hidden = self.drafted[:num_reqs, : turn.drafts]
+            self.sampler.sample_block(num_reqs, hidden, self.view, self._keys(num_reqs))
             return
-        new = async_tensor_h2d(turn.new, self.drafted.device)
+        new = async_tensor_h2d(self.memory.meet(turn.slots, num_reqs), self.drafted.device)
         self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
         self.draft(num_reqs)
         if len(turn.slots):
@@ -146,8 +150,9 @@ class OnePassDrafting(Drafting):
 
     # Beside both
 
-    def forget(self, slots: HostInts) -> None:
+    def forget(self, slots: HostInts, reading: HostInts) -> None:
         self.memory.forget(slots)
+        self.memory.new[slots[reading]] = True
 
     def warm_up(self, batch: InputBatch) -> None:
         self.num_sampled.zero_()

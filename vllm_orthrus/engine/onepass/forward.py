@@ -18,6 +18,7 @@ import torch
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.attention.kernel import KernelAttention
+from vllm_orthrus.engine.drafting import read_prompts
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers, HypothesisRows
 from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification, OnePassAttention
@@ -67,16 +68,17 @@ class OnePass:
         self.mode, self.capturing = mode, capturing
 
     def prepare(self, batch: InputBatch) -> HypothesisRows | None:
-        """The rows for this batch, if it only decodes and its forward has room for them."""
+        """The rows for this batch, if all of it has hypotheses and its forward has room for them."""
         mode, self.mode, self.carried = self.mode, None, False
         num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
         replayed = mode == CUDAGraphMode.FULL and (padded, batch.num_tokens_after_padding) in self.captured
         # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no room for rows.
         has_room = self.shape.num_hypotheses(padded) > 0 and (replayed or mode == CUDAGraphMode.NONE)
-        if self.attention is None or not has_room:
+        known = self.memory.ready(batch.idx_mapping_np[:num_reqs]) and not read_prompts(batch).any()
+        if self.attention is None or not has_room or not (known or replayed):
             return None
         self.attention.prepare(batch)
-        if _reads_prompts(batch):
+        if not known:
             self.buffers.empty_rows_for(padded)  # for a graph that holds places for rows all the same
             return None
         longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
@@ -148,11 +150,6 @@ class OnePass:
         hypotheses.hidden.copy_(hidden[split:])
         verification: torch.Tensor = hidden[:split]
         return verification
-
-
-def _reads_prompts(batch: InputBatch) -> bool:
-    computed, prompt = (part[: batch.num_reqs] for part in (batch.num_computed_tokens_np, batch.prefill_len_np))
-    return bool((computed < prompt).any())
 
 
 class OnePassModelState(DefaultModelState):  # type: ignore[misc]

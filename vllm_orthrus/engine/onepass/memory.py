@@ -68,7 +68,9 @@ class Memory:
         self.values = chances.block_values(shape.block, shape.drafting_rows, num_hypotheses, device)
         self.places = torch.arange(places, device=device)
         self.counters = torch.zeros(len(self.COUNTERS), dtype=torch.int64, device=device)
-        self.current = np.zeros(shape.max_num_reqs, dtype=bool)  # by slot, on the host
+        # By slot, on the host.
+        self.current = np.zeros(shape.max_num_reqs, dtype=bool)
+        self.new = np.ones(shape.max_num_reqs, dtype=bool)  # what was learnt here is of another request
 
     # Whether it applies
 
@@ -83,6 +85,13 @@ class Memory:
         """These have a block from a pass of its own, and places for blocks are taken anew: no other slot has one."""
         self.current[:] = False
         self.current[slots] = True
+
+    def meet(self, slots: np.ndarray[Any, Any], num_reqs: int) -> np.ndarray[Any, Any]:
+        """[num_reqs] bool: which of these have a block for the first time. Rows behind them are nobody's."""
+        new = np.ones(num_reqs, dtype=bool)
+        new[: len(slots)] = self.new[slots]
+        self.new[slots] = False
+        return new
 
     # Before a verification
 
