@@ -60,12 +60,12 @@ class Shape:
 
 # The released heads under `vllm serve`, with every setting at its default.
 RELEASED = DraftShape(
-    block=32,
+    block=16,
     drafts=15,
-    drafting_rows=31,
+    drafting_rows=16,
     mask_token_id=151669,
-    hypotheses=8,
-    rows=320,
+    hypotheses=4,
+    rows=192,
     max_num_reqs=1024,
     max_pass_rows=MAX_PASS_ROWS,
     modes=(0, 3, 7, 14, 15),
@@ -84,8 +84,10 @@ def released_shapes() -> Iterator[Shape]:
         for num_reqs in range(1, shape.most_carried + 1):
             blocks = shape.num_hypotheses(num_reqs)
             carried = replace(of_model, blocks=blocks, num_reqs=num_reqs)
-            yield replace(carried, name=f"{model}, {blocks} x 32 beside 16")
-            yield replace(carried, name=f"{model}, 16 + {blocks} x 32, fused", verify=shape.verified, ragged=True)
+            yield replace(carried, name=f"{model}, {blocks} x {shape.block} beside 16")
+            yield replace(
+                carried, name=f"{model}, 16 + {blocks} x {shape.block}, fused", verify=shape.verified, ragged=True
+            )
 
 
 # Other blocks, groups, pages and heads than those.

@@ -250,7 +250,7 @@ def faults(report: Report) -> list[str]:
 HEADER = """## Compiled ahead of time
 
 What each kernel needs on each GPU, from `make kernels-compiled` with the Triton versions that vLLM brings there:
-{versions}. Two figures in a cell are theirs, in this order. *Released heads*: blocks of 32 rows, 16 verified
+{versions}. Two figures in a cell are theirs, in this order. *Released heads*: blocks of {block} rows, 16 verified
 rows, as many hypotheses as {rows} rows have room for, and every number of requests that makes a difference. Tiles are
 rows x positions. Registers are per thread (gfx942: vector registers). No kernel spills; the tests assert it.
 
@@ -278,7 +278,7 @@ def write_table(evidence: dict[str, list[Report]]) -> None:
     for one in itertools.chain.from_iterable(evidence.values()):
         by_place.setdefault(one.place, []).append(one)
     versions = " and ".join(f"{version} (vLLM {PINNED[version]})" for version in evidence)
-    table = HEADER.format(versions=versions, rows=RELEASED.rows) + "\n".join(map(row, by_place.values())) + "\n"
+    table = HEADER.format(versions=versions, rows=RELEASED.rows, block=RELEASED.block) + "\n".join(map(row, by_place.values())) + "\n"
     page = ROOT / "docs" / "kernels.md"
     explained = page.read_text().partition(HEADER.splitlines()[0])[0]
     page.write_text(explained + table)

@@ -32,7 +32,7 @@ DEVICES = ("H200", "H100", "A100", "RTX 4090", "RTX 5090")
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 MODES = (0, 3, 7, 14, 15)
-BLOCK, ROWS, HYPOTHESES, FEWEST = 16, 320, 4, 2
+BLOCK, ROWS, HYPOTHESES, FEWEST = 16, 192, 4, 2
 TIMED = ((1, 8192), (1, 48), (4, 48), (16, 48), (64, 48), (256, 48))  # requests and context
 MODEL = Model()
 NEVER_SLOWER, NEAR_BEST = 0.97, 0.95
@@ -54,7 +54,8 @@ class Simulated(Evidence):
 def mode_of(drafts: int, requests: int) -> Mode:
     """The largest rides along, as far as there are rows for it."""
     room = min(HYPOTHESES, max(0, (ROWS // requests - 16) // BLOCK)) if drafts == MODES[-1] else 0
-    return Mode(drafts, BLOCK if drafts else 0, room if room >= FEWEST else 0)
+    block = BLOCK if drafts == MODES[-1] else drafts
+    return Mode(drafts, block, room if room >= FEWEST else 0)
 
 
 def cells(devices: Iterable[str], requests: Iterable[int], contexts: Iterable[int], kinds: Iterable[str]) -> list[Cell]:
@@ -96,7 +97,7 @@ def simulate(cell: Cell, fixed: Fixed, seed: int = 0) -> dict[str, Any]:
     def costs(drafts: int, requests: int, context: float) -> float:
         return step_seconds(known, MODEL, mode_of(drafts, requests), requests, context)
 
-    policy = ModePolicy(MODES, costs, one_pass=True)
+    policy = ModePolicy(MODES, costs, lambda requests: mode_of(MODES[-1], requests).hypotheses > 0)
     for requests, context in TIMED:
         for drafts in MODES:
             policy.clock.believe(

@@ -126,7 +126,7 @@ def test_every_mode_has_graphs(
         for part in (*state.calibration, state.counters):
             part.zero_()
         turns = cycle([3, 3, 1, 3, 0, 2, 3, 3, 2, 0, 1, 1])
-        monkeypatch.setattr(policy, "choose", lambda requests: next(turns))
+        monkeypatch.setattr(policy, "choose", lambda requests, context: next(turns))
         return engine.run(given, 20).tokens, drafted.copy(), state.counters.tolist()
 
     monkeypatch.setattr(speculator, "propose", remember)

@@ -38,7 +38,7 @@ class Watched:
         self.engine, self.turn = engine, cycle(turns)
         self.steps: list[Step] = []
         scheduler: Any = engine.llm.llm_engine.engine_core.engine_core.scheduler
-        patch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests: next(self.turn))
+        patch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests, context: next(self.turn))
         speculator = engine.runner.speculator
         self.memory: Memory = speculator.drafting.memory
         propose = speculator.propose

@@ -127,7 +127,7 @@ def test_every_step_launches_what_was_warmed_up(
         engine = start(one_pass(tiny.block_head, **ROWS, orthrus_modes=[0, 1, 3, 4]), max_num_seqs=5)
         turns = cycle([4, 4, 3, 4, 1, 0])
         scheduler: Any = engine.llm.llm_engine.engine_core.engine_core.scheduler
-        monkeypatch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests: next(turns))
+        monkeypatch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests, context: next(turns))
         for count in (1, 2, 3, 4, 5):
             engine.run(prompts(count, shortest=7), 8)
     launched = recorder.take()

@@ -47,8 +47,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     method: OrthrusMethod | None = None  # type: ignore[valid-type]
 
     orthrus_block_size: int | None = Field(default=None, ge=1)
-    """Rows of a draft block, the anchor included. Unset, the width the head was trained with; narrower blocks cost
-    less and draft a little worse."""
+    """Rows of a draft block, the anchor included. Unset, as many as were trained, but no more than 16, or one more than
+    the drafts; narrower blocks cost less and draft a little worse."""
 
     orthrus_attention: Literal["auto", "kernel", "gather", "write_through"] = "auto"
     """How a block reads the target's cache. "kernel" is our own, in place: the fastest, where it knows the cache's
@@ -71,10 +71,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     """Time each mode before serving, where there is a choice: at most some 3 seconds on a GPU and 10 on a CPU, and only
     once, as vLLM's cache folder keeps what was found. If not, a roofline stands in until steps have been timed."""
 
-    orthrus_hypotheses: int = Field(default=8, ge=1, le=64)
-    """Blocks per request that ride along with a verification, if `orthrus_rows` allows."""
+    orthrus_hypotheses: int = Field(default=4, ge=1, le=64)
+    """Blocks per request that ride along with a verification, if `orthrus_rows` allows. More foresee more, and by the
+    roofline cost more than they bring on most GPUs."""
 
-    orthrus_rows: int = Field(default=320, ge=1)
+    orthrus_rows: int = Field(default=192, ge=1)
     """Rows that a forward may hold before it takes noticeably longer than one with few: with more requests there are
     fewer hypotheses each, and beyond that two passes."""
 
@@ -246,7 +247,9 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     def _fit_block(self, head: HeadConfig) -> None:
         trained = head.block_size
-        block = self.orthrus_block_size or trained
+        # Rows behind the last draft serve tails only, and cost as much as others in each hypothesis.
+        enough = max(DEFAULT_DRAFTS, self.num_speculative_tokens or 0) + 1
+        block = self.orthrus_block_size or min(trained, enough)
         if block > trained:
             raise ValueError(
                 f"orthrus_block_size={block} is wider than the head's block of {trained} rows. Give at most {trained}."

@@ -1,5 +1,6 @@
 """What steps of an engine would cost by the roofline, from its model, its device and its settings."""
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,17 +18,23 @@ _STORED = (("fp8", 1.0), ("int8", 1.0), ("awq", 0.56), ("gptq", 0.56), ("fp4", 0
 
 
 def estimated_costs(vllm_config: Any) -> Costs:
-    config, shape = vllm_config.speculative_config, DraftShape.of(vllm_config)
+    shape = DraftShape.of(vllm_config)
     model, device = model_of(vllm_config), device_of()
-    one_pass, narrow = config.orthrus_passes == "one", device is CPU  # where blocks are gathered, and may be narrow
+    rides = who_rides(vllm_config)
 
     def seconds(drafts: int, requests: int, context: float) -> float:
         every = drafts == shape.drafts
-        hypotheses = shape.num_hypotheses(requests) if one_pass and every else 0
-        block = drafts if narrow and not every else shape.block
+        hypotheses = shape.num_hypotheses(requests) if every and rides(requests) else 0
+        block = shape.block if every else drafts
         return step_seconds(device, model, Mode(drafts, block, hypotheses), requests, context)
 
     return seconds
+
+
+def who_rides(vllm_config: Any) -> Callable[[int], bool]:
+    """Whether all drafts of so many requests come with the verification before."""
+    one_pass, shape = vllm_config.speculative_config.orthrus_passes == "one", DraftShape.of(vllm_config)
+    return lambda requests: one_pass and shape.num_hypotheses(requests) > 0
 
 
 def model_of(vllm_config: Any) -> Model:

@@ -53,15 +53,20 @@ class DraftShape:
         """Requests that draft in one pass."""
         return min(self.max_num_reqs, max(1, self.max_pass_rows // self.block))
 
+    @property
+    def fewest(self) -> int:
+        """Hypotheses that are worth a ride: one alone foresees hardly any outcome."""
+        return min(2, self.hypotheses)
+
     def num_hypotheses(self, num_reqs: int) -> int:
         """How many blocks per request ride along with the verification of this many requests."""
-        left = self.rows // num_reqs - self.verified
-        return min(max(0, left // self.block), self.hypotheses)
+        room = (self.rows // num_reqs - self.verified) // self.block
+        return min(room, self.hypotheses) if room >= self.fewest else 0
 
     @cached_property
     def most_carried(self) -> int:
         """The most requests whose verification carries hypotheses; 0 if there is no room for any."""
-        return min(self.max_num_reqs, self.rows // (self.verified + self.block))
+        return min(self.max_num_reqs, self.rows // (self.verified + self.fewest * self.block))
 
     @property
     def most_blocks(self) -> int:

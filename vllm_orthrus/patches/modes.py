@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_orthrus.engine.costs import estimated_costs
+from vllm_orthrus.engine.costs import estimated_costs, who_rides
 from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
 from vllm_orthrus.policy.clock import Step
@@ -69,7 +69,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         config = self.vllm_config.speculative_config
         if is_ours(config) and config.orthrus_modes:
             self.dynamic_sd_lookup = AskPolicy(
-                self, ModePolicy(config.orthrus_modes, estimated_costs(self.vllm_config))
+                self, ModePolicy(config.orthrus_modes, estimated_costs(self.vllm_config), who_rides(self.vllm_config))
             )
 
     return __init__

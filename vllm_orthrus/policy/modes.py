@@ -19,7 +19,7 @@ Nothing here knows of an engine: the host calls `choose` before a step, `verifie
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
 from vllm_orthrus.policy.kept import KeptBothWays, Outcome
@@ -41,13 +41,16 @@ EASY = [sum(0.9**place for place in range(drafts + 1)) for drafts in range(256)]
 class ModePolicy:
     """The state: one mode for the batch, and what was learnt."""
 
-    def __init__(self, modes: Sequence[int], costs: Costs, one_pass: bool = False) -> None:
-        """modes: numbers of drafts to choose from, 0 among them. one_pass: the largest rides along."""
+    def __init__(
+        self, modes: Sequence[int], costs: Costs, rides: Callable[[int], bool] = lambda requests: False
+    ) -> None:
+        """modes: numbers of drafts to choose from, 0 among them. rides: if the largest does, with so many requests."""
         self.modes = tuple(sorted(modes))
-        self.riding = self.modes[-1] if one_pass else None
+        self.rides = rides
         self.clock = Clock(costs)
         self.kept = KeptBothWays(self.modes[-1])
         self.mode = 0
+        self.riding: int | None = None  # the mode of this batch that drafts inside the verification
         self.patience = 1  # times the price, without new requests
         self.purse: float | None = None  # seconds, for trials; the first is free
         self.trial = 0  # steps that are left of it
@@ -57,8 +60,9 @@ class ModePolicy:
     # Behind a step
 
     def verified(self, outcomes: Sequence[Outcome]) -> None:
+        riding = self.modes[-1] if outcomes and self.rides(len(outcomes)) else None
         for rode in (False, True):
-            self.kept.add([outcome for outcome in outcomes if (outcome.drafts == self.riding) == rode], rode)
+            self.kept.add([outcome for outcome in outcomes if (outcome.drafts == riding) == rode], rode)
 
     def finished(self, request: Hashable) -> None:
         self.kept.drop(request)
@@ -73,6 +77,7 @@ class ModePolicy:
         seconds = self.clock.seconds(len(requests), context, self.modes)
         tokens = self.kept.tokens(requests, rode=False)
         gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
+        self.riding = self.modes[-1] if self.rides(len(requests)) else None
         if self.riding is not None:
             rode = float(self.kept.tokens(requests, rode=True)[-1]) if self.kept.known else 0.0
             gains[self.riding] = rode / seconds[self.riding]
