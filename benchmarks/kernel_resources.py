@@ -278,7 +278,11 @@ def write_table(evidence: dict[str, list[Report]]) -> None:
     for one in itertools.chain.from_iterable(evidence.values()):
         by_place.setdefault(one.place, []).append(one)
     versions = " and ".join(f"{version} (vLLM {PINNED[version]})" for version in evidence)
-    table = HEADER.format(versions=versions, rows=RELEASED.rows, block=RELEASED.block) + "\n".join(map(row, by_place.values())) + "\n"
+    table = (
+        HEADER.format(versions=versions, rows=RELEASED.rows, block=RELEASED.block)
+        + "\n".join(map(row, by_place.values()))
+        + "\n"
+    )
     page = ROOT / "docs" / "kernels.md"
     explained = page.read_text().partition(HEADER.splitlines()[0])[0]
     page.write_text(explained + table)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,12 @@ Start = Callable[..., Engine]
 def begin(start: StartEngine, tiny: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Engines whose cache folder is empty at first."""
     monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path), raising=False)
-    return lambda **settings: start({"method": "orthrus", "model": str(tiny.block_head)} | settings)
+
+    def begin_engine(enable_prefix_caching: bool = False, **settings: Any) -> Engine:
+        speculative = {"method": "orthrus", "model": str(tiny.block_head)} | settings
+        return start(speculative, enable_prefix_caching=enable_prefix_caching)
+
+    return begin_engine
 
 
 def clock_of(engine: Engine) -> Clock:
@@ -85,8 +91,10 @@ def test_nothing_but_time_is_left(begin: Start, plain: Engine, tmp_path: Path) -
     assert not clock_of(begin(orthrus_time_modes=False)).known
     assert not list(tmp_path.rglob("*"))
     untimed = state()
-    timed = begin()
+    timed = begin(enable_prefix_caching=True)
     assert state() == untimed
+    pool = timed.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+    assert not len(pool.cached_block_hash_to_block)
     kept = policy_of(timed).kept
     assert not kept.alone.row and not kept.alone.tried.any()
     assert timed.run(prompts(3), 16).tokens == plain.run(prompts(3), 16).tokens

@@ -116,7 +116,7 @@ def _decode(core: Any, forced: Forced, batch: Batch, modes: Sequence[int], until
     vocabulary = core.vllm_config.model_config.get_vocab_size()
     for name in names:
         prompt = [draw.randrange(vocabulary) for _ in range(batch.prompt)]
-        core.add_request(Request(name, prompt, params, None))  # no hasher: not for the prefix cache
+        core.add_request(Request(name, prompt, params, None, block_hasher=core.request_block_hasher))
     try:
         for drafts in ROUNDS * sorted(modes):
             forced.drafts, before = drafts, forced.timed(drafts)
@@ -130,6 +130,7 @@ def _decode(core: Any, forced: Forced, batch: Batch, modes: Sequence[int], until
         core.abort_requests(names)
         while core.scheduler.has_requests():
             _step(core)
+        core.reset_prefix_cache()  # nobody will ask for these prompts
 
 
 def _step(core: Any) -> None:
