@@ -72,3 +72,18 @@ def test_acceptance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = found["accepted_at"]
     assert kept == sorted(kept, reverse=True) and sum(kept) == pytest.approx(found["tokens_per_cycle"] - 1)
     assert "counting" in capsys.readouterr().out
+
+
+def test_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every mode with every size of a batch, whatever the engine had timed before it served."""
+    out = tmp_path / "cost.json"
+    sizes = ["--concurrency", "1", "3", "--context", "48", "--dtype", "float32"]
+    assert main(["bench", "cost", *ASKED[:4], *sizes, "--out", str(out), *SMALL]) == 0
+    found = json.loads(out.read_text())
+    assert {(step["requests"], step["drafting"]) for step in found["steps"]} == {
+        (requests, drafts) for requests in (1, 3) for drafts in (0, 3, 7, 15)
+    }
+    assert {step["timed_before"] for step in found["steps"]} == {True, False}
+    assert all(0 < step["seconds"] < 5 and step["foretold"] > 0 for step in found["steps"])
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "not timed before" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.unit.conftest import TINY
-from vllm_orthrus.bench import acceptance, plots, summary, throughput
+from vllm_orthrus.bench import acceptance, cost, plots, summary, throughput
 from vllm_orthrus.bench.calls import FEWEST, call
 from vllm_orthrus.bench.environment import environment
 from vllm_orthrus.bench.files import write_csv, write_json
@@ -390,3 +390,19 @@ def test_a_process_that_ends_tells_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match="there_is_none"):
         process.ready()
     process.close()
+
+
+def test_cost_tells_errors_apart_and_draws_them(tmp_path: Path) -> None:
+    steps = [
+        {"requests": n, "context": context, "drafting": drafts, "seconds": 0.01, "roofline": 0.02}
+        | {"foretold": 0.01 if n == 1 else 0.012, "timed_before": n == 1}
+        for n in (1, 2)
+        for context in (49.0, 57.3, 513.0)
+        for drafts in (0, 3)
+    ]
+    found = cost.errors(steps)
+    assert found["timed before"] == {"median": 0.0, "worst": 0.0, "steps": 6}
+    assert found["foretold, and not timed before"]["worst"] == pytest.approx(0.2)
+    assert cost.table(steps).count("not timed before") == 6
+    plots.draw_cost(steps, "a model", tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,7 @@ from vllm_orthrus.errors import UserError
 def prepare(asked: argparse.Namespace, counts: Sequence[str]) -> Path:
     """Where findings go. What could only fail after hours of measuring fails here."""
     for name in ("tokens", *counts):
-        value = getattr(asked, name)
+        value = getattr(asked, name, 1)
         if any(number < 1 for number in (value if isinstance(value, list) else [value])):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more.")
     if find_spec("vllm") is None:

@@ -57,6 +57,42 @@ def draw_throughput(summary: Mapping[str, Any], title: str, picture: Path) -> No
     _save(plot, figure, picture)
 
 
+def draw_cost(steps: Sequence[Mapping[str, Any]], title: str, picture: Path) -> None:
+    """Milliseconds over requests, a panel for each context and a colour for each number of drafts."""
+    plot = pyplot()
+    contexts: dict[int, list[Mapping[str, Any]]] = {}
+    for step in steps:
+        near = min(contexts, key=lambda known: abs(known - step["context"]), default=None)
+        same = near is not None and abs(near - step["context"]) <= 0.5 * near
+        contexts.setdefault(near if near is not None and same else round(step["context"]), []).append(step)
+    figure, grid = plot.subplots(1, len(contexts), figsize=(4.2 * len(contexts) + 1, 3.6), squeeze=False, sharey=True)
+    drafts = sorted({step["drafting"] for step in steps})
+    colours = dict(zip(drafts, (GREY, *COLOURS * len(drafts)), strict=False))
+    for axes, (context, mine) in zip(grid.flat, sorted(contexts.items()), strict=True):
+        for number in drafts:
+            line = sorted((step for step in mine if step["drafting"] == number), key=lambda step: step["requests"])
+            axes.plot(
+                [step["requests"] for step in line],
+                [1e3 * step["foretold"] for step in line],
+                color=colours[number],
+                linewidth=1,
+                linestyle="--",
+            )
+            for step in line:
+                face = colours[number] if step["timed_before"] else "white"
+                axes.plot(step["requests"], 1e3 * step["seconds"], "o", color=colours[number], markerfacecolor=face)
+        axes.set_title(f"about {context} tokens cached", fontsize=9)
+        axes.set_xlabel("requests at once")
+        axes.set_ylim(bottom=0)
+    grid.flat[0].set_ylabel("milliseconds a step")
+    figure.suptitle(f"{title}\ndots: timed, hollow ones not before it served; lines: foretold", fontsize=10)
+    handles = [plot.Line2D([], [], color=colours[number], linewidth=3) for number in drafts]
+    names = ["plain" if number == 0 else f"{number} drafts" for number in drafts]
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    figure.set_layout_engine("constrained")
+    _save(plot, figure, picture)
+
+
 def _lines(axes: Any, summary: Mapping[str, Any], kind: str, colours: Mapping[str, str]) -> None:
     numbers = list(summary)
     axes.axhline(1, color=GREY, linewidth=1.5)

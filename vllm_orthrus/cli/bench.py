@@ -14,6 +14,7 @@ def add_parser(subparsers: Any) -> None:
     kinds = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     _add_throughput(kinds)
     _add_acceptance(kinds)
+    _add_cost(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -41,6 +42,18 @@ def _add_acceptance(kinds: Any) -> None:
     _add_common(parser, tuple(OURS))
     parser.add_argument("--per-class", type=int, help="only so many prompts of each class")
     parser.set_defaults(run=acceptance)
+
+
+def _add_cost(kinds: Any) -> None:
+    parser = kinds.add_parser("cost", help="what steps take in each mode, and how well that is foretold")
+    parser.add_argument("--model", required=True, help="folder or repository of the base")
+    parser.add_argument("--head", help="folder or repository of the head (default: by the base's name)")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 3, 8], help="requests at once")
+    parser.add_argument("--context", type=int, nargs="+", default=[48, 512], help="tokens that are cached of each")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, help="FILE.json; FILE.csv and FILE.png go beside it")
+    parser.add_argument("options", nargs="*", metavar="-- OPTIONS", help="further options of `vllm serve`")
+    parser.set_defaults(run=cost)
 
 
 def _add_common(parser: argparse.ArgumentParser, ways: tuple[str, ...]) -> None:
@@ -73,3 +86,9 @@ def acceptance(options: argparse.Namespace) -> int:
     from vllm_orthrus.bench.commands import run_acceptance
 
     return run_acceptance(options)
+
+
+def cost(options: argparse.Namespace) -> int:
+    from vllm_orthrus.bench.cost import run_cost
+
+    return run_cost(options)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from vllm_orthrus import __version__
 from vllm_orthrus.errors import UserError
 
-COMMANDS = ("train", "answers", "report", "head", "doctor", "demo", "simulate", "widen", "bench")
+COMMANDS = ("train", "answers", "report", "head", "doctor", "demo", "simulate", "plan", "widen", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,13 +79,14 @@ def teach(core: Any, ask: Any, modes: Sequence[int]) -> None:
         )
 
 
-def time_modes(core: Any, ask: Any, modes: Sequence[int], budget: float) -> list[Step]:
+def time_modes(
+    core: Any, ask: Any, modes: Sequence[int], budget: float, of: Iterable[Batch] | None = None
+) -> list[Step]:
     """core: an engine's, that has nothing to do; ask: what its scheduler asks for the number of drafts."""
     policy, began = ask.policy, time.perf_counter()
-    config = core.vllm_config
     found: list[Step] = []
     try:
-        for batch in batches(config):
+        for batch in batches(core.vllm_config) if of is None else of:
             spent = time.perf_counter() - began
             if found and 2 * spent > budget:  # the next takes longer than the one before
                 break
