@@ -89,7 +89,8 @@ class Fixed:
         return self.known[kind, mode]
 
 
-def simulate(cell: Cell, fixed: Fixed, seed: int = 0) -> dict[str, Any]:
+def simulate(cell: Cell, fixed: Fixed, tokens: int = 24000) -> dict[str, Any]:
+    """tokens: of all requests together, and at least 512 of each."""
     known = find_device(cell.device)
     real = known._replace(products=0.7 * known.products, attention=1.3 * known.attention, launch=1.5 * known.launch)
     world = World(real, MODEL, mode_of)
@@ -108,8 +109,8 @@ def simulate(cell: Cell, fixed: Fixed, seed: int = 0) -> dict[str, Any]:
         mode = mode_of(drafts, cell.requests)
         step = step_seconds(real, MODEL, mode, cell.requests, cell.context) * (1 + world.noise / 2)
         rates[drafts] = cell.requests * fixed.tokens(cell.kind, mode) / step
-    tokens = max(512, 24000 // cell.requests)
-    run = replay(policy, world, fixed.texts[cell.kind], cell.requests, cell.context, tokens, seed)
+    each = max(512, tokens // cell.requests)
+    run = replay(policy, world, fixed.texts[cell.kind], cell.requests, cell.context, each)
     return cell._asdict() | {
         "plain": rates[0],
         "auto": run.tokens_per_second / rates[0],

@@ -47,7 +47,9 @@ def test_verification_is_the_backends_unless_told(tiny: Checkpoints) -> None:
 def test_merged_checkpoint_needs_nothing_else(tiny: Checkpoints) -> None:
     spec = build(tiny.merged, {"method": "orthrus"}).speculative_config
     assert spec.model == str(tiny.merged)
-    assert (spec.orthrus_block_size, spec.num_speculative_tokens) == (32, DEFAULT_DRAFTS)
+    assert (spec.orthrus_block_size, spec.num_speculative_tokens) == (DEFAULT_DRAFTS + 1, DEFAULT_DRAFTS), "not all 32"
+    wide = build(tiny.merged, {"method": "orthrus", "num_speculative_tokens": 20}).speculative_config
+    assert wide.orthrus_block_size == 21
 
 
 def test_flags(tiny: Checkpoints) -> None:

@@ -48,9 +48,9 @@ def test_text_stays_the_same_through_all_changes(
     changing: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = take_turns(policy_of(changing), monkeypatch)
-    given = prompts(11)
-    run = changing.run(given, 40)
-    assert run.tokens == plain.run(given, 40).tokens
+    given = prompts(200)
+    run = changing.run(given, 24)
+    assert run.tokens == plain.run(given, 24).tokens
     assert set(chosen) == set(policy_of(changing).modes)
     assert 0 < run.counts.accepted < run.counts.drafted
 

@@ -27,7 +27,7 @@ from vllm_orthrus.policy.kept import KeptBothWays, Outcome
 STAY = 1.03  # another mode must promise that much more to be taken
 TRIAL = 3  # verifications of a trial
 SET_ASIDE = 0.02  # of the time of plain steps
-SAVED = 0.1  # of what drafting saves
+SAVED = 0.5  # of what drafting saves
 MOST = 3  # trials that may be paid for in advance
 LONGEST = 16  # times the price of a trial, for requests that are known
 CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
