@@ -1,6 +1,6 @@
 """What the policy of modes is worth on devices, loads and contexts that are not at hand.
 
-    python -m benchmarks.mode_simulation [--quick] [--out FILE]
+    python -m benchmarks.mode_simulation [--quick | --lines] [--out FILE]
 
 Each cell is a device by its roofline, a number of requests at a time, a length of context and a class of text; the
 policy begins without knowing the text, with the roofline as its idea of the device, and with the steps timed that an
@@ -178,15 +178,24 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="every other size and context, two classes")
+    parser.add_argument("--lines", action="store_true", help="only what is drawn: one request, and contexts of 4K")
+    parser.add_argument("--tokens", type=int, default=24000, help="of a cell")
     parser.add_argument("--out", type=Path, default=FOLDER / "mode-simulation.json")
     args = parser.parse_args()
     texts = read_traces(json.loads(TRACES.read_text()))
     fixed, every = Fixed(texts), 2 if args.quick else 1
     kinds = ("log", "prose") if args.quick else tuple(texts)
-    what = {"model": MODEL._asdict(), "devices": [find_device(name)._asdict() for name in DEVICES]}
+    what = {
+        "asked": f"--tokens {args.tokens}" + " --lines" * args.lines,
+        "model": MODEL._asdict(),
+        "devices": [find_device(name)._asdict() for name in DEVICES],
+    }
     evidence = Simulated(args.out, what)
-    for cell in tqdm(cells(DEVICES, REQUESTS[::every], CONTEXTS[::every], kinds), desc="cells"):
-        evidence.cells.append(simulate(cell, fixed))
+    wanted = cells(DEVICES, REQUESTS[::every], CONTEXTS[::every], kinds)
+    if args.lines:
+        wanted = [cell for cell in wanted if cell.requests == 1 or cell.context == 4096]
+    for cell in tqdm(wanted, desc="cells"):
+        evidence.cells.append(simulate(cell, fixed, args.tokens))
     evidence.summary = summarise(evidence.cells)
     evidence.write()
     if not args.quick:

@@ -98,3 +98,13 @@ def test_nothing_but_time_is_left(begin: Start, plain: Engine, tmp_path: Path) -
     kept = policy_of(timed).kept
     assert not kept.alone.row and not kept.alone.tried.any()
     assert timed.run(prompts(3), 16).tokens == plain.run(prompts(3), 16).tokens
+
+
+def test_steps_that_are_scheduled_ahead(begin: Start, asynchronous: None) -> None:
+    """Their outputs come a step late: none is left for the first request that is served."""
+    engine = begin()
+    core = engine.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+    assert core.async_scheduling and core.batch_queue is not None and not core.batch_queue
+    assert not core.scheduler.dynamic_sd_lookup.asked_at
+    policy = policy_of(engine)
+    assert policy.clock.known and not policy.kept.alone.row

@@ -101,11 +101,11 @@ def time_modes(
 def batches(config: Any) -> Iterator[Batch]:
     most, longest = config.scheduler_config.max_num_seqs, config.model_config.max_model_len
     short = min(PROMPT, longest // 4)
-    if not _on_cpu() and longest >= 2 * LONG_PROMPT:
-        yield Batch(1, LONG_PROMPT)
     for size in SIZES:
         if size <= most:
             yield Batch(size, short)
+    if not _on_cpu() and longest >= 2 * LONG_PROMPT:
+        yield Batch(1, LONG_PROMPT)
 
 
 def _decode(core: Any, forced: Forced, batch: Batch, modes: Sequence[int], until: float) -> None:
@@ -129,7 +129,7 @@ def _decode(core: Any, forced: Forced, batch: Batch, modes: Sequence[int], until
                 break
     finally:
         core.abort_requests(names)
-        while core.scheduler.has_requests():
+        while core.scheduler.has_requests() or core.batch_queue:  # what was scheduled ahead is still to come
             _step(core)
         core.reset_prefix_cache()  # nobody will ask for these prompts
 

@@ -9,6 +9,7 @@ a few steps of two modes one that takes rows for dearer, or cheaper, than they a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ TIMED = 3  # steps of a mode that make its time known
 EASE = 0.2  # weight of the newest step
 FAR = 2.0  # by how much less a neighbour counts for each doubling that it is away
 FLAT = 0.03  # what speaks against a slope
+STEPS_OF_CONTEXT = 16  # to a doubling
 SLIGHT = 0.02  # a change that is not worth working out again what follows from it
 
 # Seconds of a step by its drafts, requests, and their cached positions on average. For a model that has no idea of a
@@ -58,6 +60,7 @@ class Cell(NamedTuple):
 class Clock:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
+        self._remembered = functools.lru_cache(4096)(costs)  # asked in every step, of contexts that hardly change
         self.known: dict[Cell, tuple[int, float]] = {}  # how often seen, and the logarithm of the factor
         self.guessed: dict[Cell, float] = {}  # what follows from these for others
 
@@ -91,8 +94,10 @@ class Clock:
 
     def seconds(self, requests: int, context: float, modes: Sequence[int]) -> dict[int, float]:
         """Of a step in each mode."""
+        about = 2.0 ** (round(STEPS_OF_CONTEXT * math.log2(max(context, 1))) / STEPS_OF_CONTEXT)
         return {
-            drafts: self.costs(drafts, requests, context) * math.exp(self._factor(Cell.of(drafts, requests, context)))
+            drafts: self._remembered(drafts, requests, about)
+            * math.exp(self._factor(Cell.of(drafts, requests, context)))
             for drafts in modes
         }
 

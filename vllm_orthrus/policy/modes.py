@@ -29,13 +29,13 @@ TRIAL = 3  # verifications of a trial
 SET_ASIDE = 0.02  # of the time of plain steps
 SAVED = 0.5  # of what drafting saves
 MOST = 3  # trials that may be paid for in advance
-LONGEST = 16  # times the price of a trial, for requests that are known
+LONGEST = 4  # times the price of a trial, for requests that are known
 CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
 SOON, LATER = 24, 1000  # steps with drafts after which a mode is timed that never was; and plain steps, again
 LOOK = 100  # steps in one pass after which others are looked at, and the other way round
 EAGER = 1.2  # by how much better one pass may turn out than it seems
 DEAR = 2.0  # times the mode's own time: what takes longer is not timed
-EASY = [sum(0.9**place for place in range(drafts + 1)) for drafts in range(256)]  # tokens, of text that is easy
+EASY = 0.9  # chance of a draft of text that is easily foreseen
 
 
 class ModePolicy:
@@ -109,7 +109,8 @@ class ModePolicy:
 
     def _price(self, seconds: dict[int, float]) -> float:
         """Of a trial whose drafts are all lost."""
-        if all(EASY[drafts] / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
+        easy = {drafts: (1 - EASY ** (drafts + 1)) / (1 - EASY) for drafts in self.modes}  # tokens
+        if all(easy[drafts] / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
             return math.inf
         return (TRIAL + 1) * max(0.0, seconds[self._tried(seconds)] - seconds[0])
 
