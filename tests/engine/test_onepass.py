@@ -117,7 +117,7 @@ def test_more_requests_than_rows_allow(start: StartEngine, tiny: Checkpoints, pl
     """Few requests get many hypotheses, more get fewer, and beyond that drafts come from a pass of their own."""
     engine = start(one_pass(tiny.block_head, orthrus_rows=100))
     counts = [engine.runner.speculator.shape.num_hypotheses(count) for count in (1, 2, 4, 7, 8)]
-    assert counts == [4, 4, 2, 1, 0]
+    assert counts == [4, 4, 2, 0, 0], "one alone is not worth a ride"
     given = prompts(8)
     # Different lengths, so that requests leave one by one and the batch passes through all of these.
     tokens = [engine.run(given[: count + 1], 8 + 6 * count).tokens for count in range(8)]
