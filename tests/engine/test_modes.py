@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Checkpoints, StartEngine
+from tests.engine.conftest import THOROUGH, Checkpoints, StartEngine
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus.engine.config import default_modes
 from vllm_orthrus.patches.modes import AskPolicy
@@ -48,7 +48,7 @@ def test_text_stays_the_same_through_all_changes(
     changing: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = take_turns(policy_of(changing), monkeypatch)
-    given = [prompt[-40:] for prompt in prompts(200)]
+    given = [prompt[-40:] for prompt in prompts(200 if THOROUGH else 40)]
     run = changing.run(given, 24)
     assert run.tokens == plain.run(given, 24).tokens
     assert set(chosen) == set(policy_of(changing).modes)
