@@ -7,7 +7,7 @@ import pytest
 
 from tests.rehearsal.gpus import GPUS
 from tests.rehearsal.machines import Ask
-from tests.rehearsal.qwen3 import BLOCK, configure, load
+from tests.rehearsal.qwen3 import configure, load
 
 # Requests, those that may run at a time if fewer, and tokens per step: as without drafts, by the GPU's name and memory.
 SERVING = {
@@ -49,7 +49,7 @@ def test_serving_with_defaults(gpu: str, ask: Ask) -> None:
         "captured": CAPTURED,
         "limits": SERVING[gpu],
         "asynchronous": True,
-        "ours": (BLOCK, 15, "one", "auto"),
+        "ours": (16, 15, "one", "auto"),
         "modes": [0, 3, 7, 14, 15],
         "runner": True,
         "interpreter": False,
