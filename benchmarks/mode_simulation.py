@@ -26,13 +26,13 @@ from vllm_orthrus.policy.clock import Step
 from vllm_orthrus.policy.cost import Device, Mode, Model, step_seconds
 from vllm_orthrus.policy.devices import find_device
 from vllm_orthrus.policy.modes import ModePolicy
+from vllm_orthrus.policy.plan import one_pass
 from vllm_orthrus.policy.replay import Always, Text, World, read_traces, replay
 
 DEVICES = ("H200", "H100", "A100", "RTX 4090", "RTX 5090")
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 MODES = (0, 3, 7, 14, 15)
-BLOCK, ROWS, HYPOTHESES, FEWEST = 16, 192, 4, 2
 TIMED = ((1, 8192), (1, 48), (4, 48), (16, 48), (64, 48), (256, 48))  # requests and context
 MODEL = Model()
 NEVER_SLOWER, NEAR_BEST = 0.97, 0.95
@@ -53,9 +53,7 @@ class Simulated(Evidence):
 
 def mode_of(drafts: int, requests: int) -> Mode:
     """The largest rides along, as far as there are rows for it."""
-    room = min(HYPOTHESES, max(0, (ROWS // requests - 16) // BLOCK)) if drafts == MODES[-1] else 0
-    block = BLOCK if drafts == MODES[-1] else drafts
-    return Mode(drafts, block, room if room >= FEWEST else 0)
+    return one_pass(requests) if drafts == MODES[-1] else Mode(drafts, drafts)
 
 
 def cells(devices: Iterable[str], requests: Iterable[int], contexts: Iterable[int], kinds: Iterable[str]) -> list[Cell]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vllm_orthrus.policy.cost import blocks_beside
+
 # A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it, so larger batches lose
 # nothing by drafting in turns, and their logits, hidden states and graphs need no more memory than this.
 MAX_PASS_ROWS = 2048
@@ -53,20 +55,14 @@ class DraftShape:
         """Requests that draft in one pass."""
         return min(self.max_num_reqs, max(1, self.max_pass_rows // self.block))
 
-    @property
-    def fewest(self) -> int:
-        """Hypotheses that are worth a ride: one alone foresees hardly any outcome."""
-        return min(2, self.hypotheses)
-
     def num_hypotheses(self, num_reqs: int) -> int:
         """How many blocks per request ride along with the verification of this many requests."""
-        room = (self.rows // num_reqs - self.verified) // self.block
-        return min(room, self.hypotheses) if room >= self.fewest else 0
+        return blocks_beside(num_reqs, self.rows, self.verified, self.block, self.hypotheses)
 
     @cached_property
     def most_carried(self) -> int:
         """The most requests whose verification carries hypotheses; 0 if there is no room for any."""
-        return min(self.max_num_reqs, self.rows // (self.verified + self.fewest * self.block))
+        return next((count for count in range(self.max_num_reqs, 0, -1) if self.num_hypotheses(count)), 0)
 
     @property
     def most_blocks(self) -> int:

@@ -93,6 +93,15 @@ class Mode(NamedTuple):
     hypotheses: int = 0
 
 
+def blocks_beside(requests: int, rows: int, verified: int, block: int, most: int) -> int:
+    """Hypotheses of each request that a forward of so many rows has room for, beside its verification.
+
+    One alone foresees hardly any outcome, and is not worth a ride unless no more are wanted.
+    """
+    room = (rows // requests - verified) // block
+    return min(room, most) if room >= min(2, most) else 0
+
+
 class Part(NamedTuple):
     read: float  # bytes
     products: float  # operations

@@ -127,7 +127,7 @@ class ModePolicy:
         other = self._worth_a_look(steps, batch, seconds, gains)
         if other is None:
             return self.mode
-        if other == 0 or steps > LATER:
+        if other == 0:
             self.unsure[batch] = 0
         self.other, self.timing = other, TIMED  # and this one, which still verifies what the mode drafted
         return other

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllm_orthrus.policy.cost import Device, Mode, Model, step_seconds
+from vllm_orthrus.policy.cost import Device, Mode, Model, blocks_beside, step_seconds
 
 PUBLISHED_DRAFTS = 31  # of a cycle, in what was published
 
@@ -44,11 +44,19 @@ def expected_tokens(chance: float, drafts: int) -> float:
     return sum(chance**place for place in range(drafts + 1))
 
 
-def modes_for(requests: int, rows: int = 192, most: int = 4, drafts: int = 15, block: int = 16) -> list[Mode]:
-    """Those that an engine with default settings has."""
-    room = min(most, (rows // requests - drafts - 1) // block)
-    one_pass = [Mode(drafts, block, room)] if room >= 2 else []
-    return [Mode(0), *(Mode(few, few) for few in (drafts // 4, drafts // 2)), Mode(drafts, block), *one_pass]
+# Of an engine with default settings.
+DRAFTS, BLOCK, HYPOTHESES, ROWS = 15, 16, 4, 192
+
+
+def one_pass(requests: int) -> Mode:
+    """Two passes, where there is no room."""
+    return Mode(DRAFTS, BLOCK, blocks_beside(requests, ROWS, DRAFTS + 1, BLOCK, HYPOTHESES))
+
+
+def modes_for(requests: int) -> list[Mode]:
+    two = [Mode(0), *(Mode(few, few) for few in (DRAFTS // 4, DRAFTS // 2)), Mode(DRAFTS, BLOCK)]
+    riding = one_pass(requests)
+    return [*two, riding] if riding.hypotheses else two
 
 
 def choices(device: Device, model: Model, chance: float, requests: int, context: float) -> list[Choice]:

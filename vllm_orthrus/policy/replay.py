@@ -12,13 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from vllm_orthrus.policy.clock import Step
 from vllm_orthrus.policy.cost import Device, Mode, Model, forward_seconds, forwards, step_seconds
 from vllm_orthrus.policy.kept import Outcome
 
-Array = np.ndarray[Any, Any]
 ModeOf = Callable[[int, int], Mode]  # of so many drafts, with so many requests
 
 
