@@ -27,7 +27,7 @@ def implementations() -> dict[str, Any]:
         rotary = get_rope(32, 64, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, dtype=torch.float32)
         model = nn.ModuleList([nn.ModuleDict({"act_fn": activation, "rotary": rotary, "norm": norm}), rotary])
         ops = unfused_ops(model)
-        assert ops == [activation, rotary]
+        assert list(ops) == [activation, rotary]
         x, positions = torch.randn(2, 64), torch.arange(2)
         taken = [op.forward for op in ops]
         before = providers()

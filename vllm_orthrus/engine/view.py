@@ -67,12 +67,12 @@ class DiffusionView(nn.Module):
     def __init__(self, shape: BaseShape, target: Any) -> None:
         super().__init__()
         self._target = (target,)  # a tuple is no submodule
-        self._unfused = tuple(unfused_ops(target))
         self.shape = shape
         self.layers = nn.ModuleList(
             DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}")
             for index, layer in enumerate(target.model.layers)
         )
+        self._unfused = unfused_ops(target, self.layers)
 
     @property
     def target(self) -> Any:
