@@ -124,6 +124,19 @@ def test_pauses_of_the_machine_change_nothing() -> None:
     assert machine.policy.choose(["a"], 1000) == before
 
 
+@pytest.mark.parametrize("times", [3.0, 6.0])
+def test_plain_steps_that_were_timed_beside_other_work(times: float) -> None:
+    """Drafting seems to pay by what was seen before serving, and does not: that must not go on for long."""
+    policy = ModePolicy(MODES, costs(20))
+    machine = Machine(policy, rows_per_forward=20)
+    for drafts in MODES:
+        seconds = machine.seconds(1, drafts, drafts) * (times if drafts == 0 else 1)
+        policy.clock.believe(Step(1, 1000, drafts, drafts, seconds))
+    plain = machine.fixed(0, lambda said: 0.3)
+    machine.serve(lambda said: 0.3, 100)
+    assert machine.serve(lambda said: 0.3, 500) >= 0.95 * plain
+
+
 def test_what_cannot_pay_is_not_tried() -> None:
     machine = Machine(ModePolicy(MODES, costs(4)), rows_per_forward=4)
     machine.serve(lambda said: 0.95, 500, requests=256)

@@ -18,6 +18,7 @@ import numpy as np
 
 TIMED = 3  # steps of a mode that make its time known
 EASE = 0.2  # weight of the newest step
+EARLY = 0.6  # of one that took far less time than is known
 FAR = 2.0  # by how much less a neighbour counts for each doubling that it is away
 FLAT = 0.03  # what speaks against a slope
 STEPS_OF_CONTEXT = 16  # to a doubling
@@ -70,9 +71,10 @@ class Clock:
         cell = Cell.of(step.drafting, step.requests, step.context)
         factor = math.log(step.seconds / self.costs(step.drafting, step.requests, step.context))
         seen, known = self.known.get(cell, (0, factor))
-        # A machine pauses now and then, and nothing runs faster than it can: what is late is believed slowly.
-        late = factor > known + math.log(1.5)
-        ease = EASE / 4 if late and seen >= TIMED else max(EASE, 1 / (seen + 1))
+        # A machine pauses now and then, and nothing runs faster than it can: what is late is believed slowly, and what
+        # is early at once, as other work may have gone on while the mode was timed first.
+        late, early = factor > known + math.log(1.5), factor < known - math.log(1.25)
+        ease = EASE / 4 if late and seen >= TIMED else max(EARLY if early else EASE, 1 / (seen + 1))
         factor = min(factor, known + math.log(2)) if seen >= TIMED else factor
         change = ease * (factor - known)
         self.known[cell] = (seen + 1, known + change)

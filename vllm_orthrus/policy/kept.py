@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PRIOR = 10.0  # rejections that other requests are worth beside a request's own
+PRIOR = 5.0  # rejections that other requests are worth beside a request's own
 OTHERS = 0.01  # what a draft of another request says, beside one of its own
 FORGET = 0.95  # of a request's own counts, per verification
 FORGET_ALL = 0.99  # of the counts of all requests, per verification

@@ -25,13 +25,16 @@ from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
 from vllm_orthrus.policy.kept import KeptBothWays, Outcome
 
 STAY = 1.03  # another mode must promise that much more to be taken
+# Times plain decoding, to begin with drafts and to go on: what seems the best of several seems better than it is.
+LEAVE, REMAIN = 1.1, 1.05
 TRIAL = 3  # verifications of a trial
 SET_ASIDE = 0.02  # of the time of plain steps
 SAVED = 0.5  # of what drafting saves
 MOST = 3  # trials that may be paid for in advance
 LONGEST = 4  # times the price of a trial, for requests that are known
 CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
-SOON, LATER = 24, 1000  # steps with drafts after which a mode is timed that never was; and plain steps, again
+SOON = 24  # steps with drafts after which a mode is timed that never was; and plain steps, again
+LATER = 1000  # the same for plain steps, once they were timed again and again: each time waits twice as long
 LOOK = 100  # steps in one pass after which others are looked at, and the other way round
 EAGER = 1.2  # by how much better one pass may turn out than it seems
 DEAR = 2.0  # times the mode's own time: what takes longer is not timed
@@ -55,6 +58,7 @@ class ModePolicy:
         self.purse: float | None = None  # seconds, for trials; the first is free
         self.trial = 0  # steps that are left of it
         self.unsure: dict[Cell, int] = {}  # steps with drafts, in such batches, since another mode was timed
+        self.wait: dict[Cell, int] = {}  # after so many of them plain steps are timed again
         self.timing, self.other = 0, 0  # steps that are left to time it
 
     # Behind a step
@@ -82,12 +86,14 @@ class ModePolicy:
             rode = float(self.kept.tokens(requests, rode=True)[-1]) if self.kept.known else 0.0
             gains[self.riding] = rode / seconds[self.riding]
         best = max(self.modes, key=lambda drafts: gains[drafts])
+        if gains[best] < (REMAIN if self.mode and not self.trial else LEAVE) * gains[0]:
+            best = 0
         if self.trial:
             self.trial -= 1
             if self.trial:
                 return self.mode
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
-        if best != self.mode and gains[best] > STAY * gains[self.mode]:
+        if best == 0 or gains[best] > STAY * gains[self.mode]:
             self.mode = best
         price = self._price(seconds)
         if self.purse is None:
@@ -129,6 +135,7 @@ class ModePolicy:
             return self.mode
         if other == 0:
             self.unsure[batch] = 0
+            self.wait[batch] = min(2 * self.wait.get(batch, SOON), LATER)
         self.other, self.timing = other, TIMED  # and this one, which still verifies what the mode drafted
         return other
 
@@ -139,7 +146,7 @@ class ModePolicy:
                 timed = self.clock.known.get(batch._replace(drafts=drafts), (0, 0.0))[0] >= TIMED
                 if not timed and seconds[drafts] <= DEAR * seconds[self.mode]:
                     return drafts
-        if steps > LATER:
+        if steps > self.wait.get(batch, SOON):
             return 0
         if self.riding is not None and steps % LOOK == LOOK // 2:
             if self.mode == self.riding:
