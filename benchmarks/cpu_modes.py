@@ -5,7 +5,8 @@
 The tiny trained model and its head, widened to a size at which a forward costs what a small real model's does, so that
 acceptance and time are both real. The baseline is stock vLLM: without the plugin, on the model runner that it picks.
 First all say the same in float32 with the tiny model itself, or nothing is timed. Then engines take turns, prompt by
-prompt; what is compared are ratios of tokens per second to the baseline's on the same prompts.
+prompt; what is compared are ratios of tokens per second to the baseline's on the same prompts. Answers end where the
+model ends them: what it says past that is no text of any class.
 
 Processors without products in bfloat16 multiply more than one row many times slower than one: there drafts pay in
 float32 alone.
@@ -20,7 +21,6 @@ import random
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from benchmarks.evidence import ROOT, Evidence, default_path, environment
 from vllm_orthrus.bench.environment import cpu_name
 from vllm_orthrus.bench.process import AnsweringProcess, answer, questions
 from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head
+from vllm_orthrus.training.samples import encode_prompt
 
 STOCK = "plain"
 WAYS: dict[str, tuple[dict[str, str], dict[str, Any] | None]] = {
@@ -72,9 +73,9 @@ def serve(task: dict[str, Any]) -> None:
     sizes = {"max_model_len": 1024, "max_num_seqs": task["most"], "kv_cache_memory_bytes": 1 << 30}
     sizes["max_num_batched_tokens"] = 128  # vLLM first reads that many, to see what memory it takes
     engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
-    asked = 0
+    asked, end = 0, read_config(folder / "base")["eos_token_id"]
     for prompts, tokens in questions():
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=tokens, stop_token_ids=[end], detokenize=False)
         said: dict[str, list[int]] = {}
         for prompt in prompts:
             engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
@@ -98,7 +99,7 @@ def asked_prompts(rounds: int) -> dict[str, list[list[int]]]:
     found: dict[str, list[list[int]]] = {}
     for line in (TINY / "heldout.jsonl").read_text().splitlines():
         prompt = json.loads(line)
-        found.setdefault(prompt["class"], []).append(tokenizer(prompt["prompt"])["input_ids"])
+        found.setdefault(prompt["class"], []).append(encode_prompt(tokenizer, prompt["prompt"]))
     files = [Path(torch.__file__).parent / "functional.py", Path(json.__file__), Path(argparse.__file__)]
     pieces = [text[at : at + 300] for text in (file.read_text() for file in files) for at in range(0, 9000, 900)]
     found[WORDS] = [tokenizer(piece)["input_ids"][:96] for piece in pieces]
@@ -117,11 +118,24 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
 
 
+def widened(like: str, dtype: str) -> Path:
+    """Made once: what vLLM compiles and times for a model it finds again by the model's folder."""
+    folder = ROOT / "runs" / f"tiny-orthrus-as-{like}-{dtype}"
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        larger = shape_like(like, read_config(TINY / "base"))
+        widening = widen_base(TINY / "base", larger, unfinished / "base", getattr(torch, dtype))
+        widen_head(TINY / "head", widening, unfinished / "head")
+        unfinished.rename(folder)
+    return folder
+
+
 def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[int]]], args: Any) -> None:
-    ways = [way for way in WAYS if way in args.ways]
-    engines = {way: begin(way, folder, args.dtype, max(args.at_once)) for way in ways}
-    for engine in engines.values():
-        engine.ready()
+    engines: dict[str, AnsweringProcess] = {}
+    for way in (way for way in WAYS if way in args.ways):  # one by one: an engine that starts times its steps
+        engines[way] = begin(way, folder, args.dtype, max(args.at_once))
+        engines[way].ready()
     for engine in engines.values():
         engine.ask([prompts["counting"][0]], 48)  # compiles and allocates
     turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]
@@ -199,13 +213,7 @@ def main() -> int:
     evidence.red = differences(prompts, 48)
     evidence.write()
     if not evidence.red:
-        with tempfile.TemporaryDirectory() as folder:
-            larger = shape_like(args.like, read_config(TINY / "base"))
-            widening = widen_base(TINY / "base", larger, Path(folder) / "base", getattr(torch, args.dtype))
-            widen_head(TINY / "head", widening, Path(folder) / "head")
-            for file in (TINY / "base").glob("tokenizer*"):
-                shutil.copy(file, Path(folder) / "base")
-            measure(evidence, Path(folder), prompts, args)
+        measure(evidence, widened(args.like, args.dtype), prompts, args)
         evidence.environment["load_after"] = os.getloadavg()
         summarise(evidence)
         print_table(evidence.summary)
