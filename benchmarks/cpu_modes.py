@@ -6,7 +6,7 @@ The tiny trained model and its head, widened to a size at which a forward costs 
 acceptance and time are both real. The baseline is stock vLLM: without the plugin, on the model runner that it picks.
 First all say the same in float32 with the tiny model itself, or nothing is timed. Then engines take turns, prompt by
 prompt; what is compared are ratios of tokens per second to the baseline's on the same prompts. Answers end where the
-model ends them: what it says past that is no text of any class.
+model ends them, as what it says past that is no text of any class; third-party text goes on and on.
 
 Processors without products in bfloat16 multiply more than one row many times slower than one: there drafts pay in
 float32 alone.
@@ -74,8 +74,9 @@ def serve(task: dict[str, Any]) -> None:
     sizes["max_num_batched_tokens"] = 128  # vLLM first reads that many, to see what memory it takes
     engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
     asked, end = 0, read_config(folder / "base")["eos_token_id"]
-    for prompts, tokens in questions():
-        params = SamplingParams(temperature=0, max_tokens=tokens, stop_token_ids=[end], detokenize=False)
+    for prompts, tokens, ends in questions():
+        stop: dict[str, Any] = {"stop_token_ids": [end]} if ends else {"ignore_eos": True}
+        params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, **stop)
         said: dict[str, list[int]] = {}
         for prompt in prompts:
             engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
@@ -113,7 +114,7 @@ def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
     for way in WAYS:
         engine = begin(way, TINY, "float32", 8)
         engine.ready()
-        said[way] = [engine.ask(some[:1], tokens)["said"] for some in prompts.values()]
+        said[way] = [engine.ask(some[:1], tokens, True)["said"] for some in prompts.values()]
         engine.close()
     return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
 
@@ -137,12 +138,12 @@ def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[
         engines[way] = begin(way, folder, args.dtype, max(args.at_once))
         engines[way].ready()
     for engine in engines.values():
-        engine.ask([prompts["counting"][0]], 48)  # compiles and allocates
+        engine.ask([prompts["counting"][0]], 48, True)  # compiles and allocates
     turns = [(n, kind, at) for n in args.at_once for at in range(args.rounds) for kind in prompts]
     for n, kind, at in tqdm(turns, desc="turns"):
         some = [prompts[kind][(at + which) % len(prompts[kind])] for which in range(n)]
         for way, engine in engines.items():
-            found = engine.ask(some, args.tokens)
+            found = engine.ask(some, args.tokens, kind != WORDS)
             said = sum(map(len, found.pop("said"))) - n  # the first token comes of the prompt
             evidence.rounds.append({"way": way, "at_once": n, "class": kind, "round": at, "tokens": said, **found})
         evidence.write()
@@ -184,6 +185,37 @@ def _seconds_per_token(rounds: list[dict[str, Any]], way: str, kinds: Any) -> fl
     return float(sum(one["seconds"] for one in some) / sum(one["tokens"] for one in some))
 
 
+def plot(summary: dict[str, Any], what: str, path: Path) -> None:
+    """Times plain decoding by class, from the least of the rounds to the most: a row for each size of the batch."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "orthrus"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(summary), 1, figsize=(9, 2.2 * len(summary)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, (n, ways) in zip(axes[:, 0], summary.items(), strict=True):
+        mine = [way for way in ways if way != STOCK]
+        for at, way in enumerate(mine):
+            kinds = list(ways[way])
+            places = [place + 0.8 * (at + 0.5) / len(mine) - 0.4 for place in range(len(kinds))]
+            times = [ways[way][kind]["times_plain"] for kind in kinds]
+            bars = axis.bar(places, times, 0.8 / len(mine), label=way)
+            axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+            for place, found in zip(places, ways[way].values(), strict=True):
+                if "least" in found:
+                    axis.plot([place, place], [found["least"], found["most"]], color="black", lw=0.8)
+        axis.axhline(1, color="grey", lw=1, ls="--")
+        axis.set_ylabel(f"{n} at once\ntimes plain", fontsize=8)
+        axis.set_xticks(range(len(kinds)), kinds, fontsize=8)
+    axes[0, 0].legend(fontsize=8, ncols=3, loc="upper right")
+    figure.suptitle(what, fontsize=9)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def print_table(summary: dict[str, Any]) -> None:
     for n, ways in summary.items():
         kinds = list(ways[STOCK])
@@ -217,6 +249,8 @@ def main() -> int:
         evidence.environment["load_after"] = os.getloadavg()
         summarise(evidence)
         print_table(evidence.summary)
+        what = f"tokens per second against stock vLLM: {args.like}, {args.dtype}, {evidence.environment['cores']} cores"
+        plot(evidence.summary, what, evidence.path.with_suffix(".svg"))
     for problem in evidence.red:
         print("RED", problem)
     return int(bool(evidence.red))
