@@ -5,9 +5,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import replace
@@ -16,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus.engine.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
+from vllm_orthrus.patches import logprobs
 
 
 def build(model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> VllmConfig:
@@ -100,6 +103,17 @@ def test_reaches_a_worker_that_has_not_loaded_plugins(tiny: Checkpoints, tmp_pat
 def test_other_methods_keep_their_own_config(tiny: Checkpoints) -> None:
     spec = build(tiny.base, {"method": "ngram", "num_speculative_tokens": 2}).speculative_config
     assert type(spec) is SpeculativeConfig
+
+
+def test_other_methods_keep_their_own_rejection_sampler(tiny: Checkpoints) -> None:
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    make = logprobs.WORKER_PATCHES[0].replace(RejectionSampler)
+    sampler, device = SimpleNamespace(get_logprobs_dims=lambda *_: None), torch.device("cpu")
+    ngram = build(tiny.base, {"method": "ngram", "num_speculative_tokens": 2}).speculative_config
+    ours = build(tiny.base, orthrus(tiny.block_head)).speculative_config
+    assert type(make(sampler, ngram, device)) is RejectionSampler
+    assert type(make(sampler, ours, device)) is not RejectionSampler
 
 
 def test_runs_as_many_requests_as_without_drafts(tiny: Checkpoints) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from tests.engine import checkpoints
 from tests.engine.checkpoints import VOCAB
@@ -34,12 +34,14 @@ def test_greedy(drafting: Engine, plain: Engine) -> None:
     [
         {"logprobs": 3},
         {"prompt_logprobs": 2},
+        {"logprob_token_ids": [3, 77, 200]},
+        {"logprob_token_ids": [3, 77, 200], "logprobs": 3},
         {"repetition_penalty": 1.3, "presence_penalty": 0.4},
         {"stop_token_ids": list(range(0, VOCAB, 9)), "ignore_eos": False},
         {"min_tokens": 7, "stop_token_ids": list(range(0, VOCAB, 3)), "ignore_eos": False},
         {"bad_words": None, "allowed_token_ids": list(range(40))},
     ],
-    ids=lambda sampling: next(iter(sampling)),
+    ids=lambda sampling: "-".join(sampling),
 )
 def test_greedy_with(sampling: dict[str, Any], drafting: Engine, plain: Engine) -> None:
     given = prompts(4)
@@ -48,6 +50,24 @@ def test_greedy_with(sampling: dict[str, Any], drafting: Engine, plain: Engine) 
     for mine, theirs in zip(drafted.outputs, expected.outputs, strict=True):
         assert _ranks(mine.outputs[0].logprobs) == _ranks(theirs.outputs[0].logprobs)
         assert _ranks(mine.prompt_logprobs) == _ranks(theirs.prompt_logprobs)
+
+
+@pytest.mark.parametrize("chunk", [2**30, 1], ids=["at once", "a request at a time"])
+def test_logprobs_of_named_tokens_beside_others(
+    chunk: int, drafting: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request of a batch gets what it asked for, also where vLLM verifies in chunks."""
+    monkeypatch.setattr("vllm.v1.worker.gpu.spec_decode.rejection_sampler.MAX_CHUNK_BYTES", chunk)
+    asked: list[dict[str, Any]] = [{"logprob_token_ids": [9, 4]}, {"logprobs": 4}, {}, {"logprob_token_ids": [1]}]
+    given = prompts(4)
+    params = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False, **one) for one in asked]
+    together = drafting.llm.generate([{"prompt_token_ids": one} for one in given], params, use_tqdm=False)
+    for prompt, one, wanted in zip(given, together, asked, strict=True):
+        # Alone: Model Runner V1, where plain vLLM runs on CPUs, mixes up what the requests of a batch ask for.
+        (other,) = plain.run([prompt], 24, **wanted).outputs
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert _ranks(one.outputs[0].logprobs) == _ranks(other.outputs[0].logprobs)
+        assert (one.outputs[0].logprobs is None) == (not wanted)
 
 
 def _ranks(logprobs: Any) -> Any:

@@ -18,6 +18,7 @@ from vllm_orthrus.heads import (
     base_fingerprint,
     expected_tensors,
     open_head,
+    read_head_config,
     resolve_head,
     save_head,
     tensor_name,
@@ -218,8 +219,95 @@ def test_bad_heads_are_refused(tmp_path: Path) -> None:
 
 def test_unreachable_repository_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HeadError, match="neither a folder here nor a repository that can be reached"):
-        open_head("nobody/nothing")
+    for source in ("nobody/nothing", "not a name", "x" * 5000, "\0", "\ud800", ""):
+        with pytest.raises(HeadError, match="neither a folder here nor a repository that can be reached"):
+            open_head(source)
+
+
+# Commits
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face cache in which the branch of a published head has moved from "a..." to "b...", on no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base, head = saved(tmp_path)
+    repository = tmp_path / "cache" / "models--some--head"
+    for commit, block in (("a" * 40, 8), ("b" * 40, 4)):
+        merge_head(open_head(head), base, tmp_path / commit)
+        config = json.loads((tmp_path / commit / "config.json").read_text()) | {"block_size": block}
+        (tmp_path / commit / "config.json").write_text(json.dumps(config))
+        (repository / "blobs").mkdir(parents=True, exist_ok=True)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        for file in (tmp_path / commit).iterdir():
+            blob = file.rename(repository / "blobs" / f"{commit[0]}-{file.name}")
+            (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{blob.name}")
+    move_branch(tmp_path / "cache", "a")
+    return tmp_path / "cache"
+
+
+def move_branch(cache: Path, commit: str) -> None:
+    refs = cache / "models--some--head" / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "main").write_text(commit * 40)
+
+
+def test_a_commit_is_opened_as_it_was(cached: Path) -> None:
+    """Whoever opens a head first resolves its branch, and says to others which commit it was."""
+    first = open_head("some/head", cache_dir=cached)
+    first.check_complete()
+    assert (first.revision, first.config.block_size) == ("a" * 40, 8)
+    move_branch(cached, "b")
+    again = open_head("some/head", first.revision, cached)
+    assert (again.revision, again.config.block_size, again.files) == (first.revision, 8, first.files)
+    later, revision = read_head_config("some/head", cache_dir=cached)
+    assert (revision, later.block_size) == ("b" * 40, 4)
+
+
+def test_a_branch_that_moves_while_it_is_read(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_orthrus.heads import files
+
+    download = files.hf_hub_download
+
+    def download_and_move(*asked: object, **named: object) -> str:
+        found = download(*asked, **named)
+        move_branch(cached, "b")
+        return str(found)
+
+    monkeypatch.setattr(files, "hf_hub_download", download_and_move)
+    head = open_head("some/head", cache_dir=cached)
+    assert head.revision == "a" * 40
+    assert {path.parent.name for path in head.files.values()} == {"a" * 40}
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_cache_without_an_index(noted: bool, cached: Path) -> None:
+    """Off the network: a download notes what the repository hasn't, `hf download` doesn't. One file needs no index."""
+    repository = cached / "models--some--head"
+    files = repository / "snapshots" / ("a" * 40)
+    (files / "model.safetensors.index.json").unlink()
+    (files / HEAD_SHARD).rename(files / "model.safetensors")
+    if noted:
+        (repository / ".no_exist" / ("a" * 40)).mkdir(parents=True)
+        (repository / ".no_exist" / ("a" * 40) / "model.safetensors.index.json").touch()
+    open_head("some/head", cache_dir=cached).check_complete()
+    (files / "model.safetensors").unlink()
+    with pytest.raises(HeadError, match="neither a folder here nor a repository"):
+        open_head("some/head", cache_dir=cached)
+
+
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
+    _, head = saved(tmp_path)
+    with pytest.raises(HeadError, match=r"revision='v1' was given for .*, which is a folder here"):
+        open_head(head, "v1")
+
+
+def test_links_of_a_folder_are_followed(tmp_path: Path) -> None:
+    """They are its owner's; what an index may name is another matter."""
+    _, head = saved(tmp_path)
+    (head / "model.safetensors").rename(tmp_path / "elsewhere")
+    (head / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    open_head(head).check_complete()
 
 
 # Finding a head

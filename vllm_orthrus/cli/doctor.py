@@ -131,9 +131,8 @@ def _patches(explain: bool) -> Iterator[Finding]:
 
 
 def _head(model: str, head: str | None, revision: str | None) -> Iterator[Finding]:
-    from transformers import AutoConfig
-
-    from vllm_orthrus.heads import HeadError, open_head, resolve_head
+    from vllm_orthrus.heads import HeadError, find_nonsense, open_head, resolve_head
+    from vllm_orthrus.training.reference import read_base_config
 
     try:
         source = head or resolve_head(model)
@@ -152,13 +151,17 @@ def _head(model: str, head: str | None, revision: str | None) -> Iterator[Findin
     try:
         checkpoint = open_head(source, revision)
         config = checkpoint.config
-        warnings = config.check_fits(AutoConfig.from_pretrained(model), model)
+        warnings = config.check_fits(read_base_config(model), model)
         checkpoint.check_complete()
+        nonsense = find_nonsense(checkpoint.tensors())
     except (HeadError, OSError) as error:
         yield Finding("RED", "fit", type(error).__name__, str(error))
         return
     size = sum(Path(path).stat().st_size for path in set(checkpoint.files.values())) / 2**30
     yield Finding("ok", "layout", f"{checkpoint.layout}, {len(checkpoint.files)} tensors in files of {size:.2f} GiB")
     yield Finding("ok", "block", f"{config.block_size} rows, up to {config.num_drafts} drafts")
+    if str(nonsense):
+        verdict: Verdict = "RED" if nonsense.drafts_nothing else "note"
+        yield Finding(verdict, "weights", str(nonsense), "convert or train the head anew")
     for warning in warnings:
         yield Finding("note", "fit", "differs", warning)

@@ -72,7 +72,17 @@ def run_inspect(options: argparse.Namespace) -> int:
         print(f"{name + ':':<15}{fact}")
     head.check_complete()
     print("complete: every tensor that the base calls for is there")
-    return 0
+    return _say_nonsense(head)
+
+
+def _say_nonsense(head: Any) -> int:
+    """1 if no draft can come of these weights."""
+    from vllm_orthrus.heads import find_nonsense
+
+    nonsense = find_nonsense(head.tensors())
+    if str(nonsense):
+        print(f"warning: {head.source} {nonsense}. Convert or train the head anew.")
+    return int(nonsense.drafts_nothing)
 
 
 def run_extract(options: argparse.Namespace) -> int:
@@ -102,20 +112,21 @@ def run_verify(options: argparse.Namespace) -> int:
     import time
 
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from vllm_orthrus.heads import open_head
     from vllm_orthrus.training.evaluate import Setting, decode, first_per_class, read_prompts, summarise, table
-    from vllm_orthrus.training.reference import Reference
+    from vllm_orthrus.training.reference import Reference, read_base_config
 
     head = open_head(options.head, options.revision)
-    warnings = head.config.check_fits(AutoConfig.from_pretrained(options.base, trust_remote_code=False), options.base)
+    warnings = head.config.check_fits(read_base_config(options.base), options.base)
     head.check_complete()
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"{options.head} fits {options.base}")
-    if options.prompts is None:
-        return 0
+    useless = _say_nonsense(head)
+    if options.prompts is None or useless:
+        return useless
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     prompts = first_per_class(read_prompts(options.prompts, tokenizer), options.per_class)
     dtype = getattr(torch, options.dtype)

@@ -1,7 +1,9 @@
 """``speculative_config`` for ``method: orthrus``: what may be set, what is filled in, what is refused."""
 
 import copy
-from dataclasses import fields
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -9,8 +11,9 @@ from pydantic import Field
 from vllm import envs
 from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
-from vllm_orthrus.heads import HeadConfig, open_head, read_head_config, resolve_head
+from vllm_orthrus.heads import HeadConfig, is_folder, open_head, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
@@ -19,6 +22,23 @@ OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: igno
 # verification graph (512 rows) still holds 32 requests.
 DEFAULT_DRAFTS = 15
 
+# What vLLM's own fields mean here. All others of them are refused where they say anything but their default.
+_VLLMS = (
+    "method",
+    "model",
+    "revision",
+    "num_speculative_tokens",
+    "draft_tensor_parallel_size",
+    "draft_load_config",
+    "draft_sample_method",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+    "use_local_argmax_reduction",
+    "num_speculative_tokens_per_batch_size",
+    "enable_adaptive_verification",
+)
+_GIVEN_BY_VLLM = ("target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config")
 _NOT_OURS: dict[str, str] = {
     "parallel_drafting": "an Orthrus block is always drafted in parallel; leave it out",
     "use_heterogeneous_vocab": "the model drafts for itself, so there is one vocabulary; leave it out",
@@ -26,7 +46,13 @@ _NOT_OURS: dict[str, str] = {
     "kv_cache_dtype": "the head reads the target's cache; set --kv-cache-dtype for both",
     "attention_backend": "the head reads the target's cache; set --attention-backend for the target",
     "max_model_len": "the head drafts up to the target's limit; set --max-model-len",
-    "xpress_topc": "it belongs to another method; leave it out",
+    "enforce_eager": "drafts have graphs where the target has; set --enforce-eager for both",
+    "tensor_parallel_size": "the head is split as the target is; leave it out",
+    "code_revision": "no code of a checkpoint is ever run; leave it out",
+    **dict.fromkeys(
+        ("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"),
+        "it belongs to rejection_sample_method 'fly'; leave it out",
+    ),
     "disable_padded_drafter_batch": "every Orthrus request drafts the same number of rows; leave it out",
 }
 
@@ -87,18 +113,20 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
-    orthrus_mask_token_id: int | None = Field(default=None, ge=0)
+    orthrus_mask_token_id: int | None = field(default=None, init=False)
     """Filled in from the head: the token that stands for "not known yet" in a block."""
 
-    orthrus_drafting_rows: int | None = Field(default=None, ge=1)
+    orthrus_drafting_rows: int | None = field(default=None, init=False)
     """Filled in from the head: how many rows of a block were taught to predict."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ resolves a draft model by a closed list of methods. Orthrus has none to resolve.
         self._refuse_foreign_settings()
         self._refuse_parallelism()
+        self._check_load_format()
         head = self._find_head()
         self._fit_block(head)
+        self._check_table()
         wanted_form()  # refuses what it does not know before any worker asks
         self._choose_passes()
         self._refuse_to_fuse()
@@ -109,10 +137,22 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
 
     def _refuse_foreign_settings(self) -> None:
-        for name, advice in _NOT_OURS.items():
-            value = getattr(self, name, None)  # some are of one vLLM only
-            if value:
-                raise ValueError(f"{name}={value!r} does not apply to method 'orthrus': {advice}.")
+        for one in fields(SpeculativeConfig):
+            name, value = one.name, getattr(self, one.name)
+            if name in (*_VLLMS, *_GIVEN_BY_VLLM) or value == _default_of(one):
+                continue
+            if name.startswith("fly_") and self.rejection_sample_method == "fly":
+                continue
+            advice = _NOT_OURS.get(name, "it belongs to another method; leave it out")
+            raise ValueError(f"{name}={value!r} does not apply to method 'orthrus': {advice}.")
+        if self.use_local_argmax_reduction and self.draft_sample_method == "probabilistic":
+            raise ValueError(
+                "use_local_argmax_reduction=True does not go with draft_sample_method='probabilistic', which needs "
+                "whole distributions. Leave one of them out."
+            )
+        for name in ("model", "revision"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}='' names nothing. Leave it out, or name a head.")
         if envs.VLLM_USE_V2_MODEL_RUNNER is False:
             raise ValueError(
                 "VLLM_USE_V2_MODEL_RUNNER=0 forces Model Runner V1, and method 'orthrus' runs on Model Runner V2 only. "
@@ -142,6 +182,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     def _find_head(self) -> HeadConfig:
         target = self.target_model_config
         base_config = target.hf_text_config
+        if target.runner_type != "generate":
+            raise ValueError(
+                f"runner={target.runner_type!r} does not go with method 'orthrus', which drafts what is generated, and "
+                "here nothing is. Serve this model without speculation, or with --runner generate."
+            )
         if target.use_mla:
             raise ValueError(
                 f"{target.model} uses multi-head latent attention, which has no keys and values for an Orthrus head to "
@@ -153,17 +198,44 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 f"no Orthrus head is known for {target.model}. Name one with speculative_config['model'] (a folder or "
                 "a repository), add it to the head map, or train one with `vllm-orthrus train`."
             )
-        if source == target.model and self.revision is None:
+        if source == target.model and self.revision is None and not is_folder(source):
             self.revision = target.revision
         self.model = source
-        if self.draft_load_config is not None and self.draft_load_config.load_format == "dummy":
-            # Random weights: of the head only its facts are needed.
-            return read_head_config(source, self.revision, self.head_cache)
-        head = open_head(source, self.revision, self.head_cache)
-        for warning in head.config.check_fits(base_config, target.model):
+        if self.made_up:
+            head, self.revision = read_head_config(source, self.revision, self.head_cache)
+            return head
+        # Workers open the head by this revision, which is a commit now.
+        checkpoint = open_head(source, self.revision, self.head_cache)
+        self.revision = checkpoint.revision
+        for warning in checkpoint.config.check_fits(base_config, target.model):
             _logger().warning("%s", warning)
-        head.check_complete()
-        return head.config
+        checkpoint.check_complete()
+        return checkpoint.config
+
+    @property
+    def made_up(self) -> bool:
+        """Random weights: of the head only its facts are needed."""
+        return self.draft_load_config is not None and self.draft_load_config.load_format == "dummy"
+
+    def _check_load_format(self) -> None:
+        allowed = ("auto", "safetensors", "dummy")
+        if self.draft_load_config is not None and self.draft_load_config.load_format not in allowed:
+            raise ValueError(
+                f"draft_load_config.load_format={self.draft_load_config.load_format!r} is no way to load an Orthrus "
+                f"head, which is safetensors files: it may be one of {', '.join(allowed)}. Leave it out."
+            )
+
+    def _check_table(self) -> None:
+        """vLLM asks only in the scheduler, and takes fewer drafts where the table wants more than there are."""
+        table, most = self.num_speculative_tokens_per_batch_size, self.num_speculative_tokens or 0
+        if table is None:
+            return
+        wanted = max(drafts for _, _, drafts in validate_and_normalize_dynamic_sd_schedule(table))
+        if wanted > most:
+            raise ValueError(
+                f"num_speculative_tokens_per_batch_size={table} wants {wanted} drafts, and there are no more than "
+                f"num_speculative_tokens={most}. Give at most that many, or raise num_speculative_tokens."
+            )
 
     def _choose_passes(self) -> None:
         obstacles = [
@@ -172,9 +244,12 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 ("orthrus_attention", self.orthrus_attention, "has room for one block per request"),
                 ("use_local_argmax_reduction", self.use_local_argmax_reduction, "hides the drafts' probabilities"),
                 ("orthrus_check_attention", self.orthrus_check_attention, "compares draft passes"),
+                ("enable_adaptive_verification", self.enable_adaptive_verification, "trims verifications"),
             )
             if value in ("write_through", True)
         ]
+        if self.orthrus_rows < (needed := self._rows_of_one_pass()):
+            obstacles.append(f"orthrus_rows={self.orthrus_rows}, as one request alone needs {needed}")
         for name, value, otherwise in (
             ("orthrus_passes", self.orthrus_passes, "leave orthrus_passes at 'auto'"),
             ("orthrus_verification", self.orthrus_verification, "set orthrus_verification to 'backend'"),
@@ -189,6 +264,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 self.orthrus_modes = self._default_modes()
         if self.orthrus_modes:
             self._check_modes(self.orthrus_modes)
+
+    def _rows_of_one_pass(self) -> int:
+        """The fewest rows of a forward that carries hypotheses: those of one request."""
+        assert self.num_speculative_tokens is not None and self.orthrus_block_size is not None
+        return 1 + self.num_speculative_tokens + min(2, self.orthrus_hypotheses) * self.orthrus_block_size
 
     def _default_modes(self) -> list[int]:
         return default_modes(self.num_speculative_tokens or 0, self.orthrus_passes == "one")
@@ -280,8 +360,20 @@ def default_modes(most: int, one_pass: bool = False) -> list[int]:
 
 def known_settings() -> list[str]:
     """The names that `speculative_config` may hold, ours last."""
-    given_by_vllm = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
-    return [field.name for field in fields(OrthrusSpeculativeConfig) if field.name not in given_by_vllm]
+    ours = [one.name for one in fields(OrthrusSpeculativeConfig) if one.name.startswith("orthrus_") and one.init]
+    theirs = {one.name for one in fields(SpeculativeConfig)}
+    return [*(name for name in _VLLMS if name in theirs), *ours]
+
+
+def unknown_settings(names: Iterable[str]) -> list[str]:
+    """Those that neither Orthrus nor another method has."""
+    known = {one.name for one in fields(SpeculativeConfig)}.union(known_settings()) - {*_GIVEN_BY_VLLM}
+    return sorted(set(names) - known)
+
+
+def _default_of(one: dataclasses.Field[Any]) -> Any:
+    """pydantic keeps its defaults in an object of its own."""
+    return getattr(one.default, "default", one.default)
 
 
 def _compiles_kernels() -> bool:

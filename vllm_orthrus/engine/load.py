@@ -13,7 +13,7 @@ from vllm_orthrus.engine.vllm import (
     set_current_vllm_config,
     set_default_torch_dtype,
 )
-from vllm_orthrus.heads import BaseShape, open_head
+from vllm_orthrus.heads import BaseShape, Nonsense, find_nonsense, open_head
 
 logger = init_logger("vllm.orthrus")
 
@@ -23,13 +23,15 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
     shape = BaseShape.from_config(model_config.hf_text_config)
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype), device:
         view = DiffusionView(shape, target)
-    if vllm_config.load_config.load_format == "dummy":
+    if config.made_up:
         for parameter in view.parameters():
             initialize_single_dummy_weight(parameter)
     else:
         head = open_head(config.model, config.revision, config.head_cache)
         view.load_weights(head.tensors())
-        _warn_of_nonsense(view, config.model)
+        nonsense = find_nonsense(view.named_parameters())
+        _warn_of_nonsense(nonsense, config.model)
+        view.drafts_nothing = nonsense.drafts_nothing
     # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
     size = sum(parameter.nbytes for parameter in view.parameters())
     process_weights_after_loading(view, model_config, device)
@@ -43,14 +45,16 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
     return view.eval()
 
 
-def _warn_of_nonsense(view: DiffusionView, head: str) -> None:
-    broken = torch.stack([~parameter.isfinite().all() for parameter in view.parameters()])
-    names = [name for (name, _), found in zip(view.named_parameters(), broken.tolist(), strict=True) if found]
-    if names:
-        logger.warning(
-            "Orthrus head %s has %d tensors with values that are not finite, the first of them %s. The text stays "
-            "right, but its drafts will hardly be kept, and steps are slower for them. Convert or train the head anew.",
-            head,
-            len(names),
-            names[0],
-        )
+def _warn_of_nonsense(found: Nonsense, head: str) -> None:
+    if not str(found):
+        return
+    outcome = "the model is served without drafts" if found.drafts_nothing else "its drafts will hardly be kept"
+    logger.warning(
+        "Orthrus head %s %s. The text stays right; %s. Convert or train the head anew.", head, found, outcome
+    )
+
+
+def drafts_nothing(worker: Any) -> bool:
+    """Whether this worker has found a head that no draft can come of."""
+    view = getattr(getattr(worker.model_runner, "speculator", None), "model", None)
+    return isinstance(view, DiffusionView) and view.drafts_nothing

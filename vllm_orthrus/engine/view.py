@@ -64,6 +64,8 @@ class DiffusionView(nn.Module):
     walks parameters (sleep, weight updates, memory accounting) meets it twice.
     """
 
+    drafts_nothing = False  # the head's weights are such that no draft can come of them
+
     def __init__(self, shape: BaseShape, target: Any) -> None:
         super().__init__()
         self._target = (target,)  # a tuple is no submodule

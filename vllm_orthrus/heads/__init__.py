@@ -16,8 +16,9 @@ from vllm_orthrus.heads.base import BaseShape, base_fingerprint
 from vllm_orthrus.heads.checkpoint import HeadCheckpoint, open_head, read_head_config
 from vllm_orthrus.heads.config import BaseRef, HeadConfig
 from vllm_orthrus.heads.errors import HeadError
-from vllm_orthrus.heads.files import WEIGHTS, WEIGHTS_INDEX
+from vllm_orthrus.heads.files import WEIGHTS, WEIGHTS_INDEX, is_folder, open_files
 from vllm_orthrus.heads.locate import BUILTIN_HEADS, HEAD_MAP_VARIABLE, resolve_head
+from vllm_orthrus.heads.nonsense import Nonsense, find_nonsense
 from vllm_orthrus.heads.store import save_head, write_json, write_tensors
 from vllm_orthrus.heads.tensors import (
     NORMS,
@@ -41,10 +42,14 @@ __all__ = [
     "HeadCheckpoint",
     "HeadConfig",
     "HeadError",
+    "Nonsense",
     "base_fingerprint",
     "base_tensor_name",
     "expected_tensors",
+    "find_nonsense",
+    "is_folder",
     "is_head_tensor",
+    "open_files",
     "open_head",
     "read_head_config",
     "resolve_head",

@@ -10,7 +10,7 @@ import torch
 
 from vllm_orthrus.heads.config import HeadConfig, Layout, layout_of
 from vllm_orthrus.heads.errors import HeadError
-from vllm_orthrus.heads.files import Files, open_tensors
+from vllm_orthrus.heads.files import open_files, open_tensors
 from vllm_orthrus.heads.tensors import check_tensors, is_head_tensor
 
 DTYPES = ("BF16", "F16", "F32")
@@ -20,6 +20,7 @@ class HeadCheckpoint(NamedTuple):
     """A head on disk: its facts and the file that holds each tensor. `tensors` reads them."""
 
     source: str
+    revision: str | None  # of a repository the commit, by which it is opened again as it is now
     layout: Layout
     config: HeadConfig
     files: Mapping[str, Path]
@@ -59,8 +60,7 @@ def open_head(source: str | Path, revision: str | None = None, cache_dir: str | 
 
     From a repository only `config.json`, the index and the shards with `_diff` tensors are downloaded.
     """
-    files = Files(str(source), revision, cache_dir)
-    config = files.config()
+    files, config = open_files(source, revision, cache_dir)
     file_of = {name: file for name, file in files.file_of().items() if is_head_tensor(name)}
     if not file_of:
         raise HeadError(
@@ -69,6 +69,7 @@ def open_head(source: str | Path, revision: str | None = None, cache_dir: str | 
     path_of = {file: files.get(file) for file in dict.fromkeys(file_of.values())}
     return HeadCheckpoint(
         files.source,
+        files.revision,
         layout_of(config),
         HeadConfig.from_json(config, files.source),
         {name: path_of[file] for name, file in file_of.items()},
@@ -77,7 +78,7 @@ def open_head(source: str | Path, revision: str | None = None, cache_dir: str | 
 
 def read_head_config(
     source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
-) -> HeadConfig:
-    """A head's facts, without its weights."""
-    files = Files(str(source), revision, cache_dir)
-    return HeadConfig.from_json(files.config(), files.source)
+) -> tuple[HeadConfig, str | None]:
+    """A head's facts, without its weights, and the commit that they are of."""
+    files, config = open_files(source, revision, cache_dir)
+    return HeadConfig.from_json(config, files.source), files.revision

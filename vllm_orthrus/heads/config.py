@@ -82,7 +82,7 @@ class HeadConfig:
             name, revision = verifier.get("name_or_path"), verifier.get("revision")
         else:
             base_config = {key: value for key, value in config.items() if key not in _MERGED_ONLY}
-            base_config["architectures"] = ARCHITECTURES.get(config.get("model_type", ""), [])
+            base_config["architectures"] = ARCHITECTURES.get(str(config.get("model_type")), [])
             name, revision = {head: base for base, head in BUILTIN_HEADS.items()}.get(source), None
         return cls.for_base(base_config, config["block_size"], config["mask_token_id"], name, revision)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_orthrus.heads.errors import HeadError
-from vllm_orthrus.heads.files import Files
+from vllm_orthrus.heads.files import Files, is_folder
 from vllm_orthrus.heads.tensors import is_head_tensor
 
 BUILTIN_HEADS: Mapping[str, str] = {
@@ -25,22 +25,22 @@ def resolve_head(base: str) -> str | None:
     The user's map is a JSON object `{"base": "head", ...}` in the file named by `VLLM_ORTHRUS_HEADS`, by default
     `~/.config/vllm-orthrus/heads.json`; its entries win over the built-in ones.
     """
-    if Path(base).is_dir() and any(map(is_head_tensor, Files(base).file_of())):
+    if is_folder(base) and any(map(is_head_tensor, Files(base).file_of())):
         return base
     return {**BUILTIN_HEADS, **_user_heads()}.get(base)
 
 
 def _user_heads() -> dict[str, str]:
     named = os.environ.get(HEAD_MAP_VARIABLE)
-    settings = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    path = Path(named) if named else settings / "vllm-orthrus" / "heads.json"
-    if not path.is_file():
+    folder = _settings_folder()
+    path = Path(named) if named else folder and folder / "vllm-orthrus" / "heads.json"
+    if path is None or not path.is_file():
         if named:
             raise HeadError(f"{HEAD_MAP_VARIABLE}={named} names no file. Point it at a JSON file, or unset it.")
         return {}
     try:
         heads = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HeadError(
             f'{path} is not JSON ({error}). It must hold an object such as {{"my/base": "my/head"}}.'
         ) from error
@@ -49,3 +49,9 @@ def _user_heads() -> dict[str, str]:
             f'{path} must map base names to head names in one JSON object such as {{"my/base": "my/head"}}.'
         )
     return heads
+
+
+def _settings_folder() -> Path | None:
+    """Never a relative one, which would be whatever lies where the server was started."""
+    folders = os.environ.get("XDG_CONFIG_HOME") or "", os.path.expanduser("~/.config")  # noqa: PTH111 (pathlib's fails)
+    return next((Path(folder) for folder in folders if Path(folder).is_absolute()), None)

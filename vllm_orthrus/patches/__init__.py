@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_orthrus.patches import arguments, cpu, dispatch, graphs, limits, metrics, models, modes
+from vllm_orthrus.patches import arguments, cpu, dispatch, graphs, limits, logprobs, metrics, models, modes
 from vllm_orthrus.patches.registry import Patch, State, apply_all
 from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
@@ -26,7 +26,7 @@ PATCHES: list[Patch] = [
     *cpu.PATCHES,
 ]
 # Only workers load what these are about.
-WORKER_PATCHES: list[Patch] = [*metrics.WORKER_PATCHES, *graphs.WORKER_PATCHES]
+WORKER_PATCHES: list[Patch] = [*metrics.WORKER_PATCHES, *graphs.WORKER_PATCHES, *logprobs.WORKER_PATCHES]
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
 logger = logging.getLogger("vllm.orthrus")

@@ -1,6 +1,6 @@
 """Getting ``method: orthrus`` through vLLM's engine arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Literal
 
@@ -15,6 +15,9 @@ METHOD = "orthrus"
 PROBABILISTIC_REQUESTS = 256
 
 
+_FLAGS = {"method": "--spec-method", "model": "--spec-model", "num_speculative_tokens": "--spec-tokens"}
+
+
 def is_ours(speculative_config: Any) -> bool:
     return speculative_config is not None and speculative_config.method == METHOD
 
@@ -22,25 +25,20 @@ def is_ours(speculative_config: Any) -> bool:
 def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        given = dict(self.speculative_config or {})
-        if METHOD not in (self.spec_method, given.get("method")):
+        given = self.speculative_config
+        if not isinstance(given, Mapping | None):
+            raise ValueError(
+                f"speculative_config={given!r} must be an object with settings such as {{'method': {METHOD!r}}}."
+            )
+        if METHOD not in (self.spec_method, (given or {}).get("method")):
             return original(self, target_model_config, target_parallel_config)
-        for flag, key, value in (
-            ("--spec-method", "method", self.spec_method),
-            ("--spec-model", "model", self.spec_model),
-            ("--spec-tokens", "num_speculative_tokens", self.spec_tokens),
-        ):
-            if value is not None and key in given:
-                raise ValueError(
-                    f"{flag}={value} and speculative_config[{key!r}]={given[key]!r} both set the same thing: "
-                    "keep one of them."
-                )
-            if value is not None:
-                given[key] = value
-        from vllm_orthrus.engine.config import OrthrusSpeculativeConfig, known_settings
+        settings = _settings(
+            given or {},
+            {"method": self.spec_method, "model": self.spec_model, "num_speculative_tokens": self.spec_tokens},
+        )
+        from vllm_orthrus.engine.config import OrthrusSpeculativeConfig, known_settings, unknown_settings
 
-        settings = {key.replace("-", "_"): value for key, value in given.items()}
-        unknown = sorted(set(settings) - set(known_settings()))
+        unknown = unknown_settings(settings)
         if unknown:
             raise ValueError(
                 f"speculative_config has no setting {', '.join(unknown)}. With method 'orthrus' it may hold: "
@@ -53,8 +51,11 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
             )
         if settings.get("draft_sample_method") == "probabilistic" and self.max_num_seqs is None:
             self.max_num_seqs = PROBABILISTIC_REQUESTS
-        # The head is looked up when the config is built, where vLLM has not said yet how the target is to be loaded.
-        settings.setdefault("draft_load_config", self.create_load_config())
+        if settings.get("draft_load_config") is None:
+            # The head is looked up when the config is built, where vLLM has not said yet how the target is to be
+            # loaded. Of that only this concerns the head: are weights made up, and where do downloads go.
+            load = settings["draft_load_config"] = self.create_load_config()
+            load.load_format = "dummy" if load.load_format == "dummy" else "auto"
         built = OrthrusSpeculativeConfig(
             **settings, target_model_config=target_model_config, target_parallel_config=target_parallel_config
         )
@@ -62,6 +63,26 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
         return built
 
     return create_speculative_config
+
+
+def _settings(given: Mapping[Any, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names of fields, which may be written with hyphens; each said once."""
+    settings: dict[str, Any] = {}
+    for key, value in given.items():
+        if not isinstance(key, str):
+            raise ValueError(f"speculative_config has the key {key!r}, and the names of settings are text.")
+        name = key.replace("-", "_")
+        if name in settings:
+            raise ValueError(f"speculative_config has {name} twice, with hyphens and without: keep one of them.")
+        settings[name] = value
+    said = {name: value for name, value in flags.items() if value is not None}
+    for name, value in said.items():
+        if name in settings:
+            raise ValueError(
+                f"{_FLAGS[name]}={value} and speculative_config[{name!r}]={settings[name]!r} both set the same thing: "
+                "keep one of them."
+            )
+    return settings | said
 
 
 def _with_orthrus(annotation: Any) -> Any:

@@ -89,6 +89,11 @@ def _init_core(original: Callable[..., None]) -> Callable[..., None]:
     @wraps(original)
     def __init__(self: Any, *arguments: Any, **named: Any) -> None:
         original(self, *arguments, **named)
+        if is_ours(self.vllm_config.speculative_config):
+            from vllm_orthrus.engine.load import drafts_nothing
+
+            if any(self.model_executor.collective_rpc(drafts_nothing)):
+                self.scheduler.dynamic_sd_lookup = [0] * (self.scheduler.max_num_running_reqs + 1)
         ask, config = getattr(self.scheduler, "dynamic_sd_lookup", None), self.vllm_config.speculative_config
         # A connector would hand on what the prompts leave in the cache.
         if isinstance(ask, AskPolicy) and config.orthrus_time_modes and self.scheduler.connector is None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.heads import BaseShape, HeadConfig, open_head
+from vllm_orthrus.heads import BaseShape, HeadConfig, HeadError, open_files, open_head
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
 from vllm_orthrus.training.views import DiffusionHead, Rope, View, autoregressive_view, diffusion_view
 
@@ -253,8 +254,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float) -> 
 
 def load_base(base: str | Path, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
     """The stock transformers model of a base, or of the base inside a merged checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise HeadError(f"the base {base} cannot be loaded ({error}). Copy or download it anew.") from error
     return model.requires_grad_(False)
+
+
+def read_base_config(base: str | Path) -> Any:
+    """A base's config as transformers knows it; raises `HeadError` for a damaged one and for what no head serves."""
+    _, written = open_files(base, None, None)
+    BaseShape.from_config(written)
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except Exception as error:  # what a library makes of another's wrong fields has no common class
+        raise HeadError(f"{base}: config.json is no config of a model ({error}). Copy or download it anew.") from error
 
 
 def _ended(tokens: list[int], limit: int, stop: Sequence[int]) -> bool:
