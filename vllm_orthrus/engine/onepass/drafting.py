@@ -19,6 +19,7 @@ from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
 from vllm_orthrus.engine.graphs import OutcomeGraphs
 from vllm_orthrus.engine.onepass.counters import LateCounts
 from vllm_orthrus.engine.onepass.forward import OnePass
+from vllm_orthrus.engine.onepass.joined import can_join
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers
 from vllm_orthrus.engine.onepass.verification import refuse_unfusable
@@ -70,7 +71,9 @@ class OnePassDrafting(Drafting):
         beside: BlockAttention = GatherAttention(layers)
         if isinstance(attention, KernelAttention):
             beside = KernelAttention(layers, attention.workspace, self.shape.verified if one_pass.fused else 0)
-        one_pass.bind(beside, block_tables.input_block_tables)
+        targets = [layer.self_attn for layer in self.view.target.model.layers]
+        join = all(can_join(*one, self.every_row.device) for one in zip(layers, targets, strict=True))
+        one_pass.bind(beside, block_tables.input_block_tables, join)
 
     @property
     def carried(self) -> bool:  # type: ignore[override]

@@ -51,15 +51,18 @@ class OnePass:
         state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
         target.get_model_state_cls = lambda: state
 
-    def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
-        """There is a cache now; until then, and without this call, the target's forward is as it was."""
+    def bind(self, attention: BlockAttention, tables: list[torch.Tensor], join: bool) -> None:
+        """There is a cache now; until then, and without this call, the target's forward is as it was.
+
+        join: both views' projections, in all layers.
+        """
         self.buffers.tables = tables
         self.captured.clear()
         if self.fused:
             assert isinstance(attention, KernelAttention)
-            self.attention = FusedVerification(attention, self.shape.most_carried)
+            self.attention = FusedVerification(attention, self.shape.most_carried, join)
         else:
-            self.attention = BackendVerification(attention)
+            self.attention = BackendVerification(attention, join)
 
     # Before the forward
 
