@@ -34,6 +34,20 @@ def projected(attention: Any, qkv: torch.Tensor, positions: torch.Tensor) -> Pro
     )
 
 
+def rotate_nothing(attention: Any, rotary: Any, beside: Any = None, cache: CacheSlots | None = None) -> None:
+    """Launch what a draft pass does or, with the target's attention beside it, a verification with hypotheses."""
+    device, dtype = rotary.cos_sin_cache.device, attention.dtype
+    if not rotates_plainly(rotary, attention.head_dim, device):
+        return
+
+    def row(of: Any) -> Projected:
+        qkv = torch.zeros(1, sum(attention.sizes), dtype=dtype, device=device)
+        return projected(of, qkv, torch.zeros(1, dtype=torch.int64, device=device))
+
+    views = (row(attention),) if beside is None else (row(beside), row(attention))
+    rotate(views, attention.sizes, attention.head_dim, rotary, attention.eps, cache)
+
+
 def rotate(
     views: tuple[Projected, ...],
     sizes: list[int],

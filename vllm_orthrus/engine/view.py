@@ -38,6 +38,7 @@ class DiffusionAttention(nn.Module):
             self.k_norm = RMSNorm(shape.head_dim, eps=self.eps)
         self.sizes = [target.q_size, target.kv_size, target.kv_size]
         self.head_dim = shape.head_dim
+        self.dtype = torch.get_default_dtype()  # the model's, while it is built
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module, attend: BlockAttention, layer: int

@@ -165,6 +165,7 @@ class OnePassDrafting(Drafting):
         self.num_sampled.zero_()
         for num_reqs in self.one_pass.warm_up(batch):
             self.match_and_draft(num_reqs)
+        self.memory.begin(self.rows.slots[:1, 0], self.drafted[:1], self.num_sampled[:1] == 0)  # behind a draft pass
 
     def make_graphs(
         self, cudagraph_mode: CUDAGraphMode, drafts_have_graphs: bool, device: torch.device

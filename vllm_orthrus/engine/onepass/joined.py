@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm_orthrus.engine.attention.blocks import CachedLayer
 from vllm_orthrus.engine.attention.cache import PLAIN, cached_keys_values
 from vllm_orthrus.engine.attention.kernel import unreadable
-from vllm_orthrus.engine.rotation import projected, rotate, rotates_plainly
+from vllm_orthrus.engine.rotation import projected, rotate, rotate_nothing, rotates_plainly
 from vllm_orthrus.engine.target_attention import computes_as_given
 from vllm_orthrus.kernels.norm_rotate import CacheSlots
 
@@ -51,6 +51,13 @@ def project(
     fresh, _ = diffusion.qkv_proj(hidden[split:])
     views = projected(target, qkv, positions[0]), projected(diffusion, fresh, positions[1])
     return rotate(views, diffusion.sizes, diffusion.head_dim, target.rotary_emb, diffusion.eps, _slots(target.attn))
+
+
+def warm_up(target: Any, diffusion: Any) -> None:
+    """Launch what `project` does, for rows whose keys and values go nowhere."""
+    nowhere = torch.full((1,), -1, dtype=torch.int64, device=target.rotary_emb.cos_sin_cache.device)
+    cache = CacheSlots(*cached_keys_values(target.attn), nowhere)
+    rotate_nothing(diffusion, target.rotary_emb, target, cache)
 
 
 def _slots(attn: Any) -> CacheSlots | None:
