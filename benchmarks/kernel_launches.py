@@ -12,16 +12,18 @@ from triton.backends.compiler import GPUTarget
 
 from vllm_orthrus.engine.settings import MAX_PASS_ROWS, DraftShape
 from vllm_orthrus.kernels import (
+    chances,
     choose,
-    hypotheses,
-    match,
     most_probable,
+    norm_rotate,
     prepare_block,
     prepare_hypotheses,
+    take_rows,
+    take_up,
 )
 from vllm_orthrus.kernels import dual_view_attention as attention
 from vllm_orthrus.kernels.dual_view_plan import Target
-from vllm_orthrus.policy import chances
+from vllm_orthrus.kernels.slots import Remembered, Slots
 
 KIB = 1024
 
@@ -70,7 +72,7 @@ RELEASED = DraftShape(
     max_pass_rows=MAX_PASS_ROWS,
     modes=(0, 3, 7, 14, 15),
 )
-MAX_MODEL_LEN, VOCABULARY = 40960, 151936
+MAX_MODEL_LEN, VOCABULARY, HIDDEN = 40960, 151936, 4096
 
 
 def released_shapes() -> Iterator[Shape]:
@@ -171,6 +173,27 @@ def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tupl
     return calls, plan
 
 
+def rotation_launches(shape: Shape) -> list[Call]:
+    """Of what precedes this attention, with weights in each view and a cache in the rows' type."""
+    dtype, kv_heads = torch.bfloat16, 8
+    heads = norm_rotate.Heads(kv_heads * shape.groups, kv_heads, shape.head_dim)
+
+    def view(rows: int) -> norm_rotate.Projected:
+        width = (heads.queries + 2 * heads.keys) * heads.dim
+        return norm_rotate.Projected(
+            empty(rows, width, dtype=dtype), empty(rows), empty(heads.dim, dtype=dtype), empty(heads.dim, dtype=dtype)
+        )
+
+    drafted, rows = view(shape.num_reqs * shape.blocks * shape.width), shape.num_reqs * RELEASED.verified
+    stored = empty(1000, shape.page, kv_heads, 2 * heads.dim, dtype=dtype)
+    cache = norm_rotate.CacheSlots(*stored.transpose(1, 2).split(heads.dim, dim=-1), empty(rows))
+    given = (heads, empty(MAX_MODEL_LEN, heads.dim, dtype=dtype), 1e-6)
+    with recorded(norm_rotate, "_norm_rotate_kernel") as calls:
+        norm_rotate.launch((drafted,), *given)  # a draft pass
+        norm_rotate.launch((view(rows), drafted), *given, cache)
+    return calls
+
+
 def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     """What surrounds the forwards of so many requests with the released heads."""
     int32, float32, shape = torch.int32, torch.float32, RELEASED
@@ -186,8 +209,7 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     )
     with recorded(prepare_block, "_prepare_blocks_kernel") as prepare:
         prepare_block.launch(empty(num_reqs), batch, rows, shape.mask_token_id, MAX_MODEL_LEN, None, -1)
-    accepted, token = (empty(slots + 1, shape.hypotheses) for _ in range(2))
-    remembered = prepare_hypotheses.Remembered(empty(slots + 1), accepted, token)
+    remembered = remembered_slots(shape)
     blocks = prepare_hypotheses.HypothesisBlocks(
         empty(num_reqs, num_hypotheses, shape.block),
         empty(num_reqs, num_hypotheses, shape.block),
@@ -196,24 +218,53 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     with recorded(prepare_hypotheses, "_prepare_hypotheses_kernel") as ride_along:
         prepare_hypotheses.launch(
             num_reqs,
-            remembered,
+            remembered.hypotheses,
             prepare_hypotheses.VerifyBatch(*batch[:3]),
             blocks,
             shape.mask_token_id,
             MAX_MODEL_LEN,
         )
-    drafts = empty(num_reqs, shape.drafts)
+    slot, anchors = rows.slots[:num_reqs, 0], rows.input_ids[:num_reqs, 0]
+    with recorded(take_up, "_take_up_kernel") as taken_up:
+        outcome = take_up.Outcome(slot, empty(num_reqs), empty(num_reqs), anchors)
+        take_up.launch(outcome, blocks.prefix_lengths, remembered, empty(len(take_up.COUNTERS)), shape.block)
+    with recorded(take_rows, "_take_rows_kernel") as taken:
+        hidden = empty(num_reqs, num_hypotheses, shape.block, HIDDEN, dtype=torch.bfloat16)
+        kept = empty(shape.most_carried + 1, shape.block, HIDDEN, dtype=torch.bfloat16)
+        place = empty(slots + 1)
+        take_rows.launch(hidden, empty(num_reqs), slot, place, remembered.offset, kept, shape.drafts)
+    drafts, temperature = empty(num_reqs, shape.drafts), empty(num_reqs, dtype=float32)
     with recorded(most_probable, "_scan_kernel", "_merge_scans_kernel") as look:
-        logits = empty(num_reqs, shape.verified, VOCABULARY, dtype=torch.bfloat16)
-        most_probable.launch(logits, drafts, empty(num_reqs, dtype=float32), chances.LOOKED_AT)
-    places, ranks = (num_reqs, shape.verified), (num_reqs, shape.verified, chances.CANDIDATES)
-    likely = (empty(*places, dtype=float32), empty(*ranks, dtype=float32), empty(*ranks))
-    offset, anchors = empty(num_reqs), rows.input_ids[:num_reqs, 0]
-    values = empty(shape.block + 1, dtype=float32)
+        logits = empty(num_reqs * shape.verified, VOCABULARY, dtype=torch.bfloat16)
+        said = most_probable.launch(logits, drafts, temperature, chances.LOOKED_AT)
     with recorded(choose, "_choose_kernel") as chosen:
-        choose.launch(*likely, drafts, anchors, offset, values, shape.hypotheses)
-    with recorded(match, "_match_kernel") as matched:
-        judged = hypotheses.Hypotheses(*(empty(num_reqs, num_hypotheses) for _ in range(2)))
-        match.launch(judged, drafts, empty(num_reqs), anchors, offset)
-    names = ("prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match")
-    return dict(zip(names, (*prepare, *ride_along, *look, *chosen, *matched), strict=True))
+        drafted = choose.Drafted(slot, rows.positions[:num_reqs, 0], anchors, drafts, temperature)
+        values = empty(shape.block + 1, dtype=float32)
+        choose.launch(drafted, said, values, remembered, shape.drafting_rows, shape.block)
+    names = ("prepare", "prepare hypotheses", "take up", "take rows", "scan logits", "merge scans", "choose")
+    return dict(zip(names, (*prepare, *ride_along, *taken_up, *taken, *look, *chosen), strict=True))
+
+
+def remembered_slots(shape: DraftShape) -> Slots:
+    int64, float32 = torch.int64, torch.float32
+
+    def by_slot(*size: int, dtype: torch.dtype = int64) -> Tensor:
+        return empty(shape.max_num_reqs + 1, *size, dtype=dtype)
+
+    ranks, buckets = chances.CANDIDATES, len(chances.EDGES) + 1
+    tables = [empty(2, kinds, buckets, dtype=float32) for kinds in (chances.KINDS, ranks) for _ in range(2)]
+    return Slots(
+        by_slot(),
+        by_slot(dtype=torch.bool),
+        Remembered(by_slot(), by_slot(shape.hypotheses), by_slot(shape.hypotheses)),
+        chances.Drafts(
+            by_slot(shape.drafts),
+            by_slot(),
+            by_slot(),
+            by_slot(shape.drafts, dtype=float32),
+            by_slot(shape.verified, ranks),
+            by_slot(shape.verified, ranks, dtype=float32),
+        ),
+        chances.History(by_slot(dtype=float32), by_slot(dtype=float32)),
+        chances.Calibration(*tables),
+    )

@@ -37,11 +37,13 @@ from benchmarks.kernel_launches import (
     attention_launches,
     bookkeeping_launches,
     released_shapes,
+    rotation_launches,
 )
 from benchmarks.pinned_triton import PINNED, unpacked
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPES = {
+    torch.bool: "i1",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
@@ -99,7 +101,8 @@ def source_of(call: Call, gpu: Gpu) -> Source:
 
     def kind_of(value: Any, place: Place, constant: bool, specialized: bool) -> Any:
         if isinstance(value, tuple) and not constant:
-            return type(value)(*(kind_of(part, (*place, at), False, specialized) for at, part in enumerate(value)))
+            kinds = [kind_of(part, (*place, at), False, specialized) for at, part in enumerate(value)]
+            return tuple(kinds) if type(value) is tuple else type(value)(*kinds)
         if isinstance(value, Tensor):
             hints[place] = [["tt.divisibility", 16]]
             return "*" + TYPES[value.dtype]
@@ -135,6 +138,10 @@ def forms(shapes: Iterable[Shape], batches: Iterable[int], gpu: Gpu, fp8: bool) 
             count = call.arguments["num_warps"]
             one.cuts[f"{count} warp{'s'[: count > 1]}"] = []
     for shape in shapes:
+        for call in rotation_launches(shape) if shape.num_reqs == 1 else ():  # the same for all numbers of rows
+            one = form("norm and rotate", shape.name, "-", call)
+            one.requests.append(shape.num_reqs)
+            one.cuts["2 warps"] = []
         for cache_dtype in [torch.bfloat16] + [gpu.fp8] * (fp8 and shape.fp8):
             calls, plan = attention_launches(shape, gpu, cache_dtype)
             for call in calls:

@@ -1,170 +1,226 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Choose the hypotheses that a verification carries, in one launch. hypotheses.py says what a set of them is worth.
+"""Choose the hypotheses that the next verification carries, and remember drafts and hypotheses, in one launch.
 
-    gain of a block that knows the bonus    P(a) * P(c | a) * (V(0) - tail_a)
-    gain of a block at place j              sum_a uncovered_a * max(V(a - j + 1) - tail_a, 0)
+    describe   how many drafts there are, their confidences, and the candidates for a bonus at each place
+    chances    P(exactly a accepted) and P(c | a), from the tables and from the request's own history
+    choose     the hypothesis of greatest gain, again and again
 
-tail_a is V at the smallest usable offset after outcome a, so far, and uncovered_a is P(a) without the bonuses that have
-their exact block. The greatest gain is taken, both are brought up to date, and so on. One program does one request with
-everything in registers. It gathers by summing over a one-hot mask, and every sum is limited to the request's own shape:
-what stands in padding has no effect, even if it is NaN.
+chances.py and hypotheses.py say how. One program does one request with everything in registers. It gathers by summing
+over a one-hot mask, and every sum is limited to the request's own shape: what stands in padding has no effect.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_orthrus.kernels import chances
+from vllm_orthrus.kernels.buckets import bucket_of
 from vllm_orthrus.kernels.forms import runs_triton
-from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses
-from vllm_orthrus.kernels.packed import require_packed
+from vllm_orthrus.kernels.hypotheses import NONE, choose_hypotheses
+from vllm_orthrus.kernels.most_probable import Probable
+from vllm_orthrus.kernels.packed import require_contiguous, require_packed
+from vllm_orthrus.kernels.slots import Slots, require_contiguous_slots
 
 
-def choose_hypotheses(
-    outcome: Tensor,  # [R, K+1] P(exactly a drafts accepted), 0 beyond a request's own drafts
-    bonus: Tensor,  # [R, K+1, C] P(c | a) of the candidates
-    candidates: Tensor,  # [R, K+1, C], never the draft itself
-    drafts: Tensor,  # [R, K]
-    anchors: Tensor,  # [R]
-    offset: Tensor,  # [R] row of the block at hand that gave the first draft
-    values: Tensor,  # [O] V, never rising
-    num_hypotheses: int,
-) -> Hypotheses:
-    """So many hypotheses for each request. Requests whose chances are NaN or zero get no blocks."""
-    form = launch if runs_triton(drafts.device) else naive
-    return form(outcome, bonus, candidates, drafts, anchors, offset, values, num_hypotheses)
+class Drafted(NamedTuple):
+    """Drafts that were just made, for R requests. Those of slot -1 are nobody's."""
+
+    slot: Tensor  # [R]
+    anchor_position: Tensor  # [R]
+    anchor: Tensor  # [R]
+    tokens: Tensor  # [R, K]
+    temperature: Tensor  # [R]
 
 
-def naive(
-    outcome: Tensor,
-    bonus: Tensor,
-    candidates: Tensor,
-    drafts: Tensor,
-    anchors: Tensor,
-    offset: Tensor,
-    values: Tensor,
-    num_hypotheses: int,
-) -> Hypotheses:
-    reqs, places = outcome.shape  # R, K+1
-    ranks = bonus.shape[2]
-    a = torch.arange(places, device=outcome.device)
-    # Place j = 0..K is the anchor, d1, .., dK. The block standing there is hypothesis (j - 1, .), usable where a >= j.
-    distance = a - a[:, None] + 1  # [K+1 (j), K+1 (a)] its offset after outcome a
-    anchored = torch.where(distance > 0, _value(values, distance), 0)
-    tokens = torch.cat((anchors[:, None], drafts), dim=1)  # [R, K+1]
-    uncovered = outcome  # [R, K+1]
-    pairs = outcome[..., None] * bonus  # [R, K+1, C] P(a, c), 0 once chosen
-    tail = _value(values, offset[:, None] + 1 + a)  # [R, K+1] at first that of the block at hand
-
-    accepted, token = [], []
-    for _ in range(num_hypotheses):
-        tail_gain = _positive(uncovered[:, None] * (anchored - tail[:, None]).clamp(min=0)).sum(2)  # [R, K+1 (j)]
-        exact_gain = _positive(pairs * (values[0] - tail)[..., None]).flatten(1)  # [R, (K+1) * C]
-        place, pair = tail_gain.argmax(1, keepdim=True), exact_gain.argmax(1, keepdim=True)  # [R, 1]
-        best_tail, best_exact = tail_gain.gather(1, place), exact_gain.gather(1, pair)
-        exact = best_exact > best_tail
-        gains = torch.maximum(best_exact, best_tail) > 0
-        accepted.append(torch.where(gains, torch.where(exact, pair // ranks, place - 1), NONE))
-        chosen = torch.where(exact, candidates.flatten(1).gather(1, pair), tokens.gather(1, place))
-        token.append(torch.where(gains, chosen, 0))
-
-        taken = exact & (torch.arange(places * ranks, device=a.device) == pair)  # [R, (K+1) * C]
-        taken = taken.view(reqs, places, ranks)
-        uncovered = (uncovered - torch.where(taken, pairs, 0).sum(2)).clamp(min=0)
-        pairs = torch.where(taken, 0, pairs)
-        tail = torch.where(exact, tail, torch.maximum(tail, anchored[place[:, 0]]))
-    return Hypotheses(torch.cat(accepted, 1), torch.cat(token, 1))
+def choose(
+    drafted: Drafted,
+    said: Probable,  # by the drafts' rows and the row behind them, C + 1 tokens each
+    values: Tensor,  # [block + 1] V, never rising
+    slots: Slots,  # brought up to date: hypotheses, drafts, sampled
+    drafting_rows: int,
+    block: int,
+) -> None:
+    """As many hypotheses as a slot remembers. Rows that say nothing call for no blocks."""
+    form = launch if runs_triton(values.device) else naive
+    form(drafted, said, values, slots, drafting_rows, block)
 
 
-def _value(values: Tensor, offset: Tensor) -> Tensor:
-    return values[offset.clamp(0, len(values) - 1)]
-
-
-def _positive(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x, 0)  # drops NaN, too
-
-
-def launch(
-    outcome: Tensor,
-    bonus: Tensor,
-    candidates: Tensor,
-    drafts: Tensor,
-    anchors: Tensor,
-    offset: Tensor,
-    values: Tensor,
-    num_hypotheses: int,
-) -> Hypotheses:
-    reqs, places, ranks = bonus.shape
-    out = Hypotheses(*(torch.empty(reqs, num_hypotheses, dtype=torch.int64, device=drafts.device) for _ in range(2)))
-    if reqs == 0:
-        return out
-    require_packed(drafts=drafts, offset=offset, values=values)
-    _choose_kernel[(reqs,)](
-        outcome.contiguous(),
-        bonus.contiguous(),
-        candidates.contiguous(),
-        drafts,
-        drafts.stride(0),
-        anchors,
-        anchors.stride(0),
+def naive(drafted: Drafted, said: Probable, values: Tensor, slots: Slots, drafting_rows: int, block: int) -> None:
+    slot, tokens = drafted.slot, drafted.tokens
+    offset, sampled = slots.offset[slot], drafted.temperature > 0
+    real = chances.draft_count(offset, tokens.shape[1], drafting_rows)
+    described = chances.describe_drafts(said, tokens, real, offset, block)
+    history = chances.History(*(part[slot] for part in slots.history))
+    chosen = choose_hypotheses(
+        chances.outcome_chances(slots.calibration, history, described, sampled),
+        chances.bonus_chances(slots.calibration, described, sampled),
+        described.candidates,
+        tokens,
+        drafted.anchor,
         offset,
         values,
-        *out,
-        NUM_HYPOTHESES=num_hypotheses,
+        slots.hypotheses.accepted.shape[1],
+    )
+    for part, new in zip(slots.drafts, described, strict=True):
+        part[slot] = new
+    for part, new in zip(slots.hypotheses, (drafted.anchor_position, *chosen), strict=True):
+        part[slot] = new
+    slots.sampled[slot] = sampled
+
+
+def launch(drafted: Drafted, said: Probable, values: Tensor, slots: Slots, drafting_rows: int, block: int) -> None:
+    reqs, drafts = drafted.tokens.shape
+    looked_at, ranks = said.tokens.shape[2], slots.drafts.share.shape[2]
+    if looked_at != ranks + 1:
+        raise ValueError(
+            f"{looked_at} likeliest tokens of each row for {ranks} candidates: give one more, for the draft."
+        )
+    if reqs == 0:
+        return
+    require_packed(tokens=drafted.tokens, temperature=drafted.temperature, values=values)
+    require_contiguous(**said._asdict())
+    require_contiguous_slots(slots)
+    _choose_kernel[(reqs,)](
+        drafted,
+        drafted.slot.stride(0),
+        drafted.anchor_position.stride(0),
+        drafted.anchor.stride(0),
+        drafted.tokens.stride(0),
+        said,
+        values,
+        len(slots.offset) - 1,
+        slots.offset,
+        slots.sampled,
+        slots.hypotheses,
+        slots.drafts,
+        slots.history,
+        slots.calibration,
+        chances.edges_on(values.device),
+        DRAFTING_ROWS=drafting_rows,
+        BLOCK=block,
+        NUM_HYPOTHESES=slots.hypotheses.accepted.shape[1],
         VALUES=len(values),
-        PLACES=places,
+        DRAFTS=drafts,
         RANKS=ranks,
-        PLACES_TILE=triton.next_power_of_2(places),
+        PLACES_TILE=triton.next_power_of_2(drafts + 1),
         RANKS_TILE=triton.next_power_of_2(ranks),
+        LOOKED_AT_TILE=triton.next_power_of_2(looked_at),
+        EDGES=len(chances.EDGES),
+        KINDS=chances.KINDS,
+        PRIOR=chances.PRIOR,
+        REQUEST_PRIOR=chances.REQUEST_PRIOR,
+        LEAST=chances.LEAST,
+        SUREST=chances.SUREST,
         NONE=NONE,
         num_warps=1,
     )
-    return out
 
 
 @triton.jit
 def _choose_kernel(
-    outcome,
-    bonus,
-    candidates,
-    drafts,
-    drafts_stride,
-    anchors,
-    anchors_stride,
-    offset,
+    drafted,
+    slot_stride,
+    position_stride,
+    anchor_stride,
+    tokens_stride,
+    said,
     values,
-    out_accepted,
-    out_token,
+    nobody,
+    offsets,
+    sampled_slots,
+    hypotheses,
+    drafts,
+    history,
+    calibration,
+    edges,
+    DRAFTING_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     NUM_HYPOTHESES: tl.constexpr,
     VALUES: tl.constexpr,
-    PLACES: tl.constexpr,
+    DRAFTS: tl.constexpr,
     RANKS: tl.constexpr,
     PLACES_TILE: tl.constexpr,
     RANKS_TILE: tl.constexpr,
+    LOOKED_AT_TILE: tl.constexpr,
+    EDGES: tl.constexpr,
+    KINDS: tl.constexpr,
+    PRIOR: tl.constexpr,
+    REQUEST_PRIOR: tl.constexpr,
+    LEAST: tl.constexpr,
+    SUREST: tl.constexpr,
     NONE: tl.constexpr,
 ):
+    PLACES: tl.constexpr = DRAFTS + 1
     req = tl.program_id(0).to(tl.int64)
+    slot = tl.load(drafted.slot + req * slot_stride).to(tl.int64)
+    slot = tl.where(slot < 0, nobody, slot)
+    warm = (tl.load(drafted.temperature + req) > 0).to(tl.int32)
+    offset = tl.load(offsets + slot).to(tl.int32)
+    anchor = tl.load(drafted.anchor + req * anchor_stride).to(tl.int64)
     a = tl.arange(0, PLACES_TILE)
     rank = tl.arange(0, RANKS_TILE)
-    real = a < PLACES
-    pair_at = a[:, None] * RANKS + rank[None, :]  # [A, C]
-    real_pair = real[:, None] & (rank[None, :] < RANKS)
+    inside = a < PLACES
+    ranked = inside[:, None] & (rank[None, :] < RANKS)  # [A, C]
 
-    uncovered = tl.load(outcome + req * PLACES + a, mask=real, other=0.0)  # [A] P(a)
-    pairs = tl.load(bonus + req * PLACES * RANKS + pair_at, mask=real_pair, other=0.0)
-    pairs = tl.where(real_pair, uncovered[:, None] * pairs, 0.0)  # [A, C] P(a, c), 0 once chosen
+    # Describe the drafts
+    num_drafts = tl.minimum(tl.maximum(DRAFTING_ROWS - offset, 0), DRAFTS)
+    real = a < num_drafts
+    token = tl.load(drafted.tokens + req * tokens_stride + a, mask=a < DRAFTS, other=-1).to(tl.int64)
+    confidence = _confidence(said.confidence + req * DRAFTS, a, DRAFTS)
+    look = tl.arange(0, LOOKED_AT_TILE)
+    row = (req * PLACES + a)[:, None] * (RANKS + 1)
+    looked = tl.load(said.tokens + row + look[None, :], mask=inside[:, None] & (look[None, :] <= RANKS), other=-1)
+    is_draft = (looked == token[:, None]) & real[:, None]
+    at = tl.min(
+        tl.where(is_draft, look[None, :], LOOKED_AT_TILE), 1
+    )  # [A] the draft's own rank, which is no candidate's
+    of = row + rank[None, :] + (rank[None, :] >= at[:, None]).to(tl.int32)
+    candidate = tl.load(said.tokens + of, mask=ranked, other=0)
+    share = tl.load(said.probability + of, mask=ranked, other=0.0)
+    share = tl.where(share > 0, share, 0.0)  # drops NaN, too
+    left = tl.where(real, 1 - confidence, 1.0)
+    share = tl.minimum(share / tl.maximum(left, 1e-6)[:, None], 1.0)
+    has_row = inside & (offset + a < BLOCK) & (a <= num_drafts)
+    share = tl.where(has_row[:, None], share, 0.0)
+
+    # The chances of outcomes
+    factor = (tl.load(history.seen + slot) + REQUEST_PRIOR) / (tl.load(history.expected + slot) + REQUEST_PRIOR)
+    table = (warm * KINDS + 2 * (offset > 0).to(tl.int32)) * (EDGES + 1)
+    chance = _accepted(a, confidence, num_drafts, factor, table, calibration, edges, EDGES, PRIOR, LEAST, SUREST)
+    before = _confidence(said.confidence + req * DRAFTS, a - 1, DRAFTS)
+    before = _accepted(a - 1, before, num_drafts, factor, table, calibration, edges, EDGES, PRIOR, LEAST, SUREST)
+    reached = tl.cumprod(tl.where(a > 0, before, 1.0), 0)
+    uncovered = tl.where(inside, reached * (1 - chance), 0.0)  # [A] P(a)
+    cell = (warm * RANKS + rank)[None, :] * (EDGES + 1) + bucket_of(share, edges, EDGES)  # [A, C]
+    came = tl.load(calibration.came + cell, mask=ranked, other=0.0)
+    offered = tl.load(calibration.offered + cell, mask=ranked, other=0.0)
+    bonus = tl.where(share > 0, (came + PRIOR * share) / (offered + PRIOR), 0.0)
+
+    # Remember
+    tl.store(sampled_slots + slot, warm > 0)
+    tl.store(hypotheses.anchor_position + slot, tl.load(drafted.anchor_position + req * position_stride).to(tl.int64))
+    tl.store(drafts.real + slot, num_drafts.to(tl.int64))
+    tl.store(drafts.offset + slot, offset.to(tl.int64))
+    tl.store(drafts.tokens + slot * DRAFTS + a, token, mask=a < DRAFTS)
+    tl.store(drafts.confidence + slot * DRAFTS + a, confidence, mask=a < DRAFTS)
+    pair_at = a[:, None] * RANKS + rank[None, :]  # [A, C]
+    tl.store(drafts.candidates + slot * PLACES * RANKS + pair_at, candidate, mask=ranked)
+    tl.store(drafts.share + slot * PLACES * RANKS + pair_at, share, mask=ranked)
+
+    # Choose
+    pairs = tl.where(ranked, uncovered[:, None] * bonus, 0.0)  # [A, C] P(a, c), 0 once chosen
     # V of a block that stands at place j = 0..K (the anchor, d1, ..), after outcome a
     distance = a[None, :] - a[:, None] + 1  # [A (j), A (a)]
     anchored = tl.load(values + tl.minimum(tl.maximum(distance, 0), VALUES - 1))
-    anchored = tl.where((distance > 0) & real[:, None] & real[None, :], anchored, 0.0)
-    at_hand = tl.load(offset + req).to(tl.int32) + 1 + a
+    anchored = tl.where((distance > 0) & inside[:, None] & inside[None, :], anchored, 0.0)
+    at_hand = offset + 1 + a
     tail = tl.load(values + tl.minimum(tl.maximum(at_hand, 0), VALUES - 1))  # [A] V of the newest usable block
     exact_value = tl.load(values)
-    anchor = tl.load(anchors + req * anchors_stride)
-
-    for slot in range(NUM_HYPOTHESES):
+    for number in range(NUM_HYPOTHESES):
         better = tl.maximum(anchored - tail[None, :], 0.0)
         tail_gain = tl.sum(_above_zero(uncovered[None, :] * better), 1)  # [A (j)]
         exact_gain = tl.reshape(_above_zero(pairs * (exact_value - tail)[:, None]), (PLACES_TILE * RANKS_TILE,))
@@ -173,22 +229,54 @@ def _choose_kernel(
         flat = tl.argmax(exact_gain, 0)
         best_exact = tl.max(exact_gain, 0)
         after = flat // RANKS_TILE
-        ranked = flat % RANKS_TILE
+        nth = flat % RANKS_TILE
         exact = best_exact > best_tail
         gains = tl.maximum(best_exact, best_tail) > 0
 
-        candidate = tl.load(candidates + req * PLACES * RANKS + after * RANKS + ranked)
-        drafted = tl.load(drafts + req * drafts_stride + place - 1, mask=place > 0, other=0)
-        token = tl.where(exact, candidate, tl.where(place > 0, drafted, anchor))
-        accepted = tl.where(exact, after, place - 1)
-        tl.store(out_accepted + req * NUM_HYPOTHESES + slot, tl.where(gains, accepted, NONE))
-        tl.store(out_token + req * NUM_HYPOTHESES + slot, tl.where(gains, token, 0))
+        taken = (a[:, None] == after) & (rank[None, :] == nth)  # [A, C]
+        named = tl.sum(tl.sum(tl.where(taken, candidate, 0), 1), 0)
+        standing = tl.where(place > 0, tl.sum(tl.where(a == place - 1, token, 0), 0), anchor)
+        chosen = tl.where(exact, named, standing)
+        accepted = tl.where(exact, after, place - 1).to(tl.int64)
+        to = slot * NUM_HYPOTHESES + number
+        tl.store(hypotheses.accepted + to, tl.where(gains, accepted, NONE))
+        tl.store(hypotheses.token + to, tl.where(gains, chosen, 0))
 
-        taken = (a[:, None] == tl.where(exact, after, -1)) & (rank[None, :] == ranked)  # [A, C]
+        taken = (a[:, None] == tl.where(exact, after, -1)) & (rank[None, :] == nth)
         uncovered = tl.maximum(uncovered - tl.sum(tl.where(taken, pairs, 0.0), 1), 0.0)
         pairs = tl.where(taken, 0.0, pairs)
         chosen_row = tl.sum(tl.where(a[:, None] == place, anchored, 0.0), 0)  # [A (a)]
         tail = tl.where(exact, tail, tl.maximum(tail, chosen_row))
+
+
+@triton.jit
+def _confidence(said, place, DRAFTS: tl.constexpr):
+    """Of the drafts at these places [A]; 0 where there is none, or where its row says nothing."""
+    confidence = tl.load(said + place, mask=(place >= 0) & (place < DRAFTS), other=0.0)
+    return tl.where(confidence > 0, confidence, 0.0)
+
+
+@triton.jit
+def _accepted(
+    place,
+    confidence,
+    num_drafts,
+    factor,
+    table,
+    calibration,
+    edges,
+    EDGES: tl.constexpr,
+    PRIOR: tl.constexpr,
+    LEAST: tl.constexpr,
+    SUREST: tl.constexpr,
+):
+    """[A] the chance that the draft at each place is accepted; 0 where there is none."""
+    cell = table + (place > 0).to(tl.int32) * (EDGES + 1) + bucket_of(confidence, edges, EDGES)
+    accepted = tl.load(calibration.accepted + cell)
+    tried = tl.load(calibration.tried + cell)
+    chance = (accepted + PRIOR * confidence) / (tried + PRIOR)
+    chance = tl.minimum(tl.maximum(1 - (1 - chance) * factor, LEAST), SUREST)
+    return tl.where((place >= 0) & (place < num_drafts), chance, 0.0)
 
 
 @triton.jit

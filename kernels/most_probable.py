@@ -31,13 +31,15 @@ class Probable(NamedTuple):
 
 
 def most_probable(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
-    """logits [R, K+1, V]; drafts [R, K]; temperature [R]."""
+    """logits [R * K + R, V], those of the rows behind last; drafts [R, K]; temperature [R]."""
     form = launch if runs_triton(logits.device) else naive
     return form(logits, drafts, temperature, count)
 
 
 def naive(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
-    scaled = logits.float() / torch.where(temperature > 0, temperature, 1)[:, None, None]
+    drafting, behind = logits[: drafts.numel()], logits[drafts.numel() :]
+    rows = torch.cat((drafting.view(*drafts.shape, logits.shape[1]), behind[:, None]), dim=1).float()  # [R, K+1, V]
+    scaled = rows / torch.where(temperature > 0, temperature, 1)[:, None, None]
     return from_probabilities(scaled.softmax(-1), drafts, count)
 
 
@@ -48,18 +50,18 @@ def from_probabilities(probabilities: Tensor, drafts: Tensor, count: int) -> Pro
 
 
 def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stretch: int = STRETCH) -> Probable:
-    reqs, places, vocabulary = logits.shape
+    reqs, places, vocabulary = len(drafts), drafts.shape[1] + 1, logits.shape[1]
     require_packed(logits=logits, drafts=drafts, temperature=temperature)
     count = min(count, vocabulary)
     stretches = triton.cdiv(vocabulary, stretch)
-    rows = logits.flatten(0, 1)  # [R * (K+1), V], which may lie apart, as those of a padded vocabulary do
-    device = logits.device
-    largest, sums = (torch.empty(len(rows), stretches, dtype=torch.float32, device=device) for _ in range(2))
-    values = torch.empty(len(rows), stretches, count, dtype=torch.float32, device=device)
-    found = torch.empty(len(rows), stretches, count, dtype=torch.int32, device=device)
-    _scan_kernel[(len(rows), stretches)](
-        rows,
-        rows.stride(0),
+    device, rows = logits.device, len(logits)  # which may lie apart, as those of a padded vocabulary do
+    largest, sums = (torch.empty(rows, stretches, dtype=torch.float32, device=device) for _ in range(2))
+    values = torch.empty(rows, stretches, count, dtype=torch.float32, device=device)
+    found = torch.empty(rows, stretches, count, dtype=torch.int32, device=device)
+    _scan_kernel[(rows, stretches)](
+        logits,
+        logits.stride(0),
+        reqs,
         temperature,
         largest,
         sums,
@@ -77,9 +79,10 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
         torch.empty(reqs, places, count, dtype=torch.int64, device=device),
         torch.empty(reqs, places, count, dtype=torch.float32, device=device),
     )
-    _merge_scans_kernel[(len(rows),)](
-        rows,
-        rows.stride(0),
+    _merge_scans_kernel[(rows,)](
+        logits,
+        logits.stride(0),
+        reqs,
         temperature,
         drafts,
         drafts.stride(0),
@@ -98,10 +101,12 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
     return out
 
 
-@triton.jit
+# Compiled once for all numbers of requests.
+@triton.jit(do_not_specialize=["reqs"])
 def _scan_kernel(
     logits,
     row_stride,
+    reqs,
     temperature,
     out_largest,
     out_sums,
@@ -115,7 +120,7 @@ def _scan_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)
-    degrees = tl.load(temperature + row // PLACES).to(tl.float32)
+    degrees = tl.load(temperature + _place(row, reqs, PLACES)[0]).to(tl.float32)
     token = stretch * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
     x = x / tl.where(degrees > 0, degrees, 1.0)
@@ -130,10 +135,11 @@ def _scan_kernel(
         x = tl.where(token == stretch * TILE + best, float("-inf"), x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reqs"])
 def _merge_scans_kernel(
     logits,
     row_stride,
+    reqs,
     temperature,
     drafts,
     drafts_stride,
@@ -151,7 +157,8 @@ def _merge_scans_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    req, place = row // PLACES, row % PLACES
+    req, place = _place(row, reqs, PLACES)
+    to = req * PLACES + place
     degrees = tl.load(temperature + req).to(tl.float32)
     degrees = tl.where(degrees > 0, degrees, 1.0)
     part = tl.arange(0, STRETCHES_TILE)
@@ -167,11 +174,19 @@ def _merge_scans_kernel(
     for rank in range(COUNT):
         best = tl.argmax(x, 0)
         taken = candidate == best
-        tl.store(out_tokens + row * COUNT + rank, tl.sum(tl.where(taken, token, 0), 0).to(tl.int64))
-        tl.store(out_probability + row * COUNT + rank, tl.exp(tl.max(x, 0) - top) / total)
+        tl.store(out_tokens + to * COUNT + rank, tl.sum(tl.where(taken, token, 0), 0).to(tl.int64))
+        tl.store(out_probability + to * COUNT + rank, tl.exp(tl.max(x, 0) - top) / total)
         x = tl.where(taken, float("-inf"), x)
 
     drafted = place < PLACES - 1
     draft = tl.load(drafts + req * drafts_stride + place, mask=drafted, other=0)
     logit = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
     tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(logit - top) / total, mask=drafted)
+
+
+@triton.jit
+def _place(row, reqs, PLACES: tl.constexpr):
+    """Whose row of logits this is, and the draft's place that it speaks of."""
+    drafting = row < reqs * (PLACES - 1)
+    req = tl.where(drafting, row // (PLACES - 1), row - reqs * (PLACES - 1))
+    return req, tl.where(drafting, row % (PLACES - 1), PLACES - 1)

@@ -20,14 +20,7 @@ from torch import Tensor
 from vllm_orthrus.kernels.forms import runs_triton
 from vllm_orthrus.kernels.hypotheses import NONE
 from vllm_orthrus.kernels.packed import require_contiguous, require_packed
-
-
-class Remembered(NamedTuple):
-    """What was chosen when the drafts were made, by slot."""
-
-    anchor_position: Tensor  # [slots] int64, where the verification must start for the rest to apply
-    accepted: Tensor  # [slots, H] int64
-    token: Tensor  # [slots, H] int64
+from vllm_orthrus.kernels.slots import Remembered
 
 
 class VerifyBatch(NamedTuple):

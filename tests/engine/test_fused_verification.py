@@ -46,7 +46,7 @@ class Twice:
         verified = self.forward(one, ids, positions, embedded, rows)
         drafted, attention = rows.hidden.clone(), one.attention
         assert isinstance(attention, FusedVerification)
-        one.attention = BackendVerification(GatherAttention(attention.blocks.layers))
+        one.attention = BackendVerification(GatherAttention(attention.blocks.layers), False)
         self.verified = max(self.verified, distance(verified, self.forward(one, ids, positions, embedded, rows)))
         one.attention = attention
         real = (rows.blocks.prefix_lengths >= 0).flatten().repeat_interleave(one.shape.block)

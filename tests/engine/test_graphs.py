@@ -66,17 +66,17 @@ def test_replayed_verifications_carry_what_eager_ones_do(
     drafted: list[tuple[int, ...]] = []
     choose = state.choose
 
-    def remember(slot: Any, position: Any, anchor: Any, logits: Any, drafts: Any, temperature: Any) -> None:
-        rows = torch.cat([position[:, None], anchor[:, None], drafts], dim=1)[slot >= 0]
+    def remember(new: Any, logits: Any) -> None:
+        rows = torch.cat([new.anchor_position[:, None], new.anchor[:, None], new.tokens], dim=1)[new.slot >= 0]
         drafted.extend(tuple(row) for row in rows.tolist())
-        choose(slot, position, anchor, logits, drafts, temperature)
+        choose(new, logits)
 
     monkeypatch.setattr(state, "choose", remember)
 
     def run() -> tuple[list[list[int]], list[tuple[int, ...]], list[int]]:
         """What is said, drafted and counted by an engine that has learnt nothing yet."""
         drafted.clear()
-        for part in (*state.calibration, state.counters):
+        for part in (*state.slots.calibration, state.counters):
             part.zero_()
         return engine.run(given, 16).tokens, sorted(drafted), state.counters.tolist()
 
@@ -123,7 +123,7 @@ def test_every_mode_has_graphs(
     def run() -> tuple[list[list[int]], list[list[int]], list[int]]:
         """What is said, drafted and counted by an engine that has learnt nothing yet."""
         drafted.clear()
-        for part in (*state.calibration, state.counters):
+        for part in (*state.slots.calibration, state.counters):
             part.zero_()
         turns = cycle([3, 3, 1, 3, 0, 2, 3, 3, 2, 0, 1, 1])
         monkeypatch.setattr(policy, "choose", lambda requests, context: next(turns))

@@ -9,6 +9,7 @@ from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from tests.engine.test_lossless import HostReads
 from vllm_orthrus.engine.onepass.counters import LateCounts
+from vllm_orthrus.kernels.take_up import COUNTERS
 from vllm_orthrus.patches import metrics
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -23,7 +24,7 @@ def counted(engine: Engine) -> dict[str, int]:
     """What the device and the host say themselves."""
     speculator = engine.runner.speculator
     state = speculator.drafting.memory
-    counts = dict(zip(state.COUNTERS, state.counters.tolist(), strict=True))
+    counts = dict(zip(COUNTERS, state.counters.tolist(), strict=True))
     return counts | {"draft_passes": speculator.drafting.draft_passes}
 
 
@@ -111,7 +112,7 @@ def test_nobody_waits_for_the_device(drafting: Engine, monkeypatch: pytest.Monke
         return counts
 
     # What was told of earlier runs must not be told again as a difference below zero.
-    late = LateCounts(state.COUNTERS, state.counters, arrival)
+    late = LateCounts(COUNTERS, state.counters, arrival)
     late.copy.copy_(state.counters)
     monkeypatch.setattr(LateCounts, "read", watched)
     monkeypatch.setattr(speculator.drafting, "counted", late)

@@ -13,6 +13,7 @@ from vllm_orthrus.engine.config import default_modes
 from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.sampler import DraftSampler
+from vllm_orthrus.kernels.take_up import COUNTERS
 
 MOST = 15
 MODES = default_modes(MOST, one_pass=True)
@@ -58,7 +59,7 @@ class Watched:
         return self.engine.run(given, length, **sampling)
 
     def counts(self) -> dict[str, int]:
-        return dict(zip(Memory.COUNTERS, self.memory.counters.tolist(), strict=True))
+        return dict(zip(COUNTERS, self.memory.counters.tolist(), strict=True))
 
     def carries_where_it_should(self) -> bool:
         """Blocks ride where all of the batch was drafted for in one pass, and what they came to is counted there."""

@@ -10,9 +10,9 @@ from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import UNDER_PRESSURE, Engine, prompts, says_the_same_under_pressure
 from vllm_orthrus.engine.attention.blocks import Blocks, CachedLayer
 from vllm_orthrus.engine.attention.gather import GatherAttention
-from vllm_orthrus.engine.onepass import memory
 from vllm_orthrus.engine.onepass.forward import HypothesisRows, OnePass
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
+from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -151,7 +151,7 @@ def says_what_the_target_says(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
 
     with monkeypatch.context() as patch:
         patch.setattr(OrthrusSpeculator, "propose", compare_and_propose)
-        patch.setattr(memory, "choose_hypotheses", all_tokens_at_hand)
+        patch.setattr(choose, "choose_hypotheses", all_tokens_at_hand)
         engine.run(prompts(8), 24)
     assert blocks[0] > 50, "hardly any hypotheses were carried"
     return worst[0] < 1e-3

@@ -42,7 +42,17 @@ def test_resources(version: str) -> None:
     found = python("-m", "benchmarks.kernel_resources", "--triton", version, "--quick")
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"Triton {version} |" in found.stdout
-    for kernel in ("merge", "prepare", "prepare hypotheses", "scan logits", "merge scans", "choose", "match"):
+    for kernel in (
+        "norm and rotate",
+        "merge",
+        "prepare",
+        "prepare hypotheses",
+        "take up",
+        "take rows",
+        "scan logits",
+        "merge scans",
+        "choose",
+    ):
         assert f"| {kernel} | sm_90 |" in found.stdout
     for gpu in GPUS:
         assert f"| attend | {gpu} |" in found.stdout

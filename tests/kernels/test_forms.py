@@ -8,16 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_orthrus.kernels import choose, dual_view_attention, match, most_probable, prepare_block, prepare_hypotheses
+from vllm_orthrus.kernels import (
+    choose,
+    dual_view_attention,
+    most_probable,
+    norm_rotate,
+    prepare_block,
+    prepare_hypotheses,
+    take_rows,
+    take_up,
+)
 from vllm_orthrus.kernels.forms import SETTING, wanted_form
 
 OPERATORS = {
-    "choose_hypotheses": choose,
+    "choose": choose,
     "dual_view_attention": dual_view_attention,
-    "match_outcome": match,
     "most_probable": most_probable,
+    "norm_rotate": norm_rotate,
     "prepare_blocks": prepare_block,
     "prepare_hypotheses": prepare_hypotheses,
+    "take_rows": take_rows,
+    "take_up": take_up,
 }
 ON_THE_KERNEL_PATH = ("dual_view_attention", "prepare_blocks")  # chosen by orthrus_attention, on a CPU too
 

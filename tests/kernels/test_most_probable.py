@@ -16,7 +16,7 @@ def case(
     gen = torch.Generator().manual_seed(seed)
     # All different, in any type: nothing depends on how ties are broken.
     order = torch.stack([torch.randperm(vocabulary, generator=gen) for _ in range(reqs * places)])
-    logits = (order.view(reqs, places, vocabulary) / 16 - 4).to(dtype)
+    logits = (order / 16 - 4).to(dtype)  # those of the rows behind last
     drafts = torch.randint(0, vocabulary, (reqs, places - 1), generator=gen)
     temperature = torch.rand(reqs, generator=gen) * 1.5
     temperature[::3] = 0
@@ -33,7 +33,7 @@ def same(actual: Probable, expected: Probable) -> bool:
 
 @given(
     st.integers(1, 4),
-    st.integers(1, 6),
+    st.integers(2, 6),
     st.integers(2, 200),
     st.integers(1, 9),
     st.sampled_from([16, 32, 64]),

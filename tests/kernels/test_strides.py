@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels import choose, dual_view_attention, match, most_probable, prepare_block, prepare_hypotheses
+from tests.kernels.slots import Sizes, parts, remembered
+from vllm_orthrus.kernels import (
+    chances,
+    choose,
+    dual_view_attention,
+    most_probable,
+    norm_rotate,
+    prepare_block,
+    prepare_hypotheses,
+    take_rows,
+    take_up,
+)
 from vllm_orthrus.kernels.dual_view_attention import PagedCache, Verification
-from vllm_orthrus.kernels.hypotheses import Hypotheses
+from vllm_orthrus.kernels.slots import Remembered, Slots
 
 Tensors = dict[str, Tensor]
 Launch = Callable[[Tensors], Any]
@@ -19,34 +30,101 @@ Launch = Callable[[Tensors], Any]
 REQS, DRAFTS, RANKS, HYPOTHESES, VOCABULARY = 3, 5, 4, 6, 40
 
 
+def _slots() -> Tensors:
+    made = remembered(Sizes(slots=4, drafts=DRAFTS, hypotheses=HYPOTHESES, ranks=RANKS), 1)
+    named = {"slot offset": made.offset, "sampled": made.sampled}
+    for kind, part in (("hypotheses", made.hypotheses), ("drafts", made.drafts), ("history", made.history)):
+        named |= {f"{kind} {name}": tensor for name, tensor in part._asdict().items()}
+    return named | {f"table {name}": tensor for name, tensor in made.calibration._asdict().items()}
+
+
+def _as_slots(t: Tensors) -> Slots:
+    def of(kind: str) -> list[Tensor]:
+        return [tensor for name, tensor in t.items() if name.startswith(f"{kind} ")]
+
+    own = chances.Drafts(*of("drafts")), chances.History(*of("history")), chances.Calibration(*of("table"))
+    return Slots(t["slot offset"], t["sampled"], Remembered(*of("hypotheses")), *own)
+
+
 def _choose() -> tuple[Tensors, Launch]:
     gen = torch.Generator().manual_seed(1)
-    chances = torch.rand(REQS, DRAFTS + 1, generator=gen)
+    probabilities = torch.randn(REQS, DRAFTS + 1, VOCABULARY, generator=gen).softmax(-1)
+    tokens = probabilities[:, :-1].argmax(-1)
+    said = most_probable.from_probabilities(probabilities, tokens, RANKS + 1)
     given = {
-        "outcome": chances / chances.sum(1, keepdim=True),
-        "bonus": torch.rand(REQS, DRAFTS + 1, RANKS, generator=gen) / RANKS,
-        "candidates": torch.randint(50, 90, (REQS, DRAFTS + 1, RANKS), generator=gen),
-        "drafts": torch.randint(0, 50, (REQS, DRAFTS), generator=gen),
-        "anchors": torch.tensor([11, 22, 33]),
-        "offset": torch.tensor([0, 2, 1]),
+        "slot": torch.tensor([2, 0, 3]),
+        "anchor_position": torch.tensor([20, 10, 30]),
+        "anchor": torch.tensor([11, 22, 33]),
+        "tokens": tokens,
+        "temperature": torch.tensor([0.0, 0.7, 1.5]),
+        **{f"said {name}": tensor for name, tensor in said._asdict().items()},
         "values": 0.9 ** torch.arange(DRAFTS + 2),
-    }
-    return given, lambda t: list(choose.launch(*t.values(), num_hypotheses=HYPOTHESES))
-
-
-def _match() -> tuple[Tensors, Launch]:
-    given = {
-        "accepted": torch.tensor([[-1, 0, 1], [2, -2, 0], [1, -1, 3]]),
-        "token": torch.tensor([[11, 7, 8], [5, 0, 6], [4, 33, 9]]),
-        "drafts": torch.tensor([[7, 8, 9], [1, 2, 3], [3, 4, 5]]),
-        "num_sampled": torch.tensor([2, 3, 0]),
-        "last_sampled": torch.tensor([8, 5, 9]),
-        "offset": torch.tensor([1, 2, 3]),
     }
 
     def launch(t: Tensors) -> list[Tensor]:
-        accepted, token, *others = t.values()
-        return list(match.launch(Hypotheses(accepted, token), *others))
+        slots = _as_slots(t)
+        drafted = choose.Drafted(t["slot"], t["anchor_position"], t["anchor"], t["tokens"], t["temperature"])
+        said = most_probable.Probable(t["said confidence"], t["said tokens"], t["said probability"])
+        choose.launch(drafted, said, t["values"], slots, DRAFTS, DRAFTS + 1)
+        return list(parts(slots).values())
+
+    return given | _slots(), launch
+
+
+def _take_up() -> tuple[Tensors, Launch]:
+    given = {
+        "slot": torch.tensor([2, 0, 3]),
+        "num_sampled": torch.tensor([2, 6, 1]),
+        "num_rejected": torch.tensor([4, 0, 5]),
+        "bonus": torch.tensor([1, 0, 2]),
+        "prefix_lengths": torch.tensor([[9, 7, 8], [5, -1, 6], [4, 3, 9]], dtype=torch.int32),
+        "counters": torch.arange(6),
+    }
+
+    def launch(t: Tensors) -> list[Tensor]:
+        slots = _as_slots(t)
+        outcome = take_up.Outcome(t["slot"], t["num_sampled"], t["num_rejected"], t["bonus"])
+        which = take_up.launch(outcome, t["prefix_lengths"], slots, t["counters"], 7)
+        return [which, t["counters"], *parts(slots).values()]
+
+    return given | _slots(), launch
+
+
+def _rows() -> tuple[Tensors, Launch]:
+    gen = torch.Generator().manual_seed(4)
+    given = {
+        "hidden": torch.randn(REQS, 2, 4, 10, generator=gen),
+        "which": torch.tensor([1, -1, 0]),
+        "slot": torch.tensor([2, 0, 3]),
+        "place": torch.tensor([1, 3, 0, 2, 3]),
+        "offset": torch.tensor([2, 0, 1, 3, 0]),
+        "kept": torch.randn(REQS + 1, 4, 10, generator=gen),
+    }
+    return given, lambda t: [take_rows.launch(*t.values(), num_drafts=DRAFTS), t["kept"]]
+
+
+def _norm_rotate() -> tuple[Tensors, Launch]:
+    gen = torch.Generator().manual_seed(5)
+    width = (4 + 2 * 2) * 16
+    given = {
+        "qkv": torch.randn(3, width, generator=gen),
+        "positions": torch.tensor([4, 5, 6]),
+        "q_weight": torch.rand(16, generator=gen),
+        "k_weight": torch.rand(16, generator=gen),
+        "second qkv": torch.randn(2, width, generator=gen),
+        "second positions": torch.tensor([7, 8]),
+        "cos_sin": torch.randn(9, 16, generator=gen),
+        "keys": torch.zeros(2, 2, 4, 16),
+        "values": torch.zeros(2, 2, 4, 16),
+        "slots": torch.tensor([5, -1, 2]),
+    }
+
+    def launch(t: Tensors) -> None:
+        weights = t["q_weight"], t["k_weight"]
+        first = norm_rotate.Projected(t["qkv"], t["positions"], *weights)
+        second = norm_rotate.Projected(t["second qkv"], t["second positions"], *weights)
+        cache = norm_rotate.CacheSlots(t["keys"], t["values"], t["slots"])
+        norm_rotate.launch((first, second), norm_rotate.Heads(4, 2, 16), t["cos_sin"], 1e-6, cache)
 
     return given, launch
 
@@ -54,7 +132,7 @@ def _match() -> tuple[Tensors, Launch]:
 def _likeliest() -> tuple[Tensors, Launch]:
     gen = torch.Generator().manual_seed(2)
     given = {
-        "logits": torch.randn(REQS, DRAFTS + 1, VOCABULARY, generator=gen),
+        "logits": torch.randn(REQS * DRAFTS + REQS, VOCABULARY, generator=gen),
         "drafts": torch.randint(0, VOCABULARY, (REQS, DRAFTS), generator=gen),
         "temperature": torch.tensor([0.0, 0.7, 1.5]),
     }
@@ -76,12 +154,12 @@ def _hypotheses() -> tuple[Tensors, Launch]:
     }
 
     def launch(t: Tensors) -> None:
-        parts = list(t.values())
+        given = list(t.values())
         prepare_hypotheses.launch(
             REQS,
-            prepare_hypotheses.Remembered(*parts[:3]),
-            prepare_hypotheses.VerifyBatch(*parts[3:6]),
-            prepare_hypotheses.HypothesisBlocks(*parts[6:]),
+            Remembered(*given[:3]),
+            prepare_hypotheses.VerifyBatch(*given[3:6]),
+            prepare_hypotheses.HypothesisBlocks(*given[6:]),
             99,
             100,
         )
@@ -109,10 +187,10 @@ def _blocks() -> tuple[Tensors, Launch]:
     }
 
     def launch(t: Tensors) -> None:
-        parts = list(t.values())
+        given = list(t.values())
         tables = prepare_block.link_tables([t["source"]], [t["target"]], [8])
-        rows = prepare_block.BlockRows(*parts[8:12], tables)
-        prepare_block.launch(parts[0], prepare_block.BatchState(*parts[1:8]), rows, 99, 90)
+        rows = prepare_block.BlockRows(*given[8:12], tables)
+        prepare_block.launch(given[0], prepare_block.BatchState(*given[1:8]), rows, 99, 90)
 
     return given, launch
 
@@ -152,7 +230,9 @@ def _attention() -> tuple[Tensors, Launch]:
 
 CASES = {
     "choose": _choose,
-    "match": _match,
+    "take up": _take_up,
+    "rows": _rows,
+    "norm and rotate": _norm_rotate,
     "likeliest": _likeliest,
     "hypotheses": _hypotheses,
     "blocks": _blocks,
@@ -195,7 +275,11 @@ def test_a_view_gives_what_a_copy_gives(case: str, name: str, dimension: int) ->
 
 def test_the_views_that_the_engine_passes_are_taken() -> None:
     """First columns of the buffers that hold the blocks' rows."""
-    for case, names in {"choose": ("anchors",), "match": ("last_sampled",)}.items():
+    for case, names in {
+        "choose": ("slot", "anchor", "anchor_position"),
+        "take up": ("slot", "bonus"),
+        "rows": ("slot",),
+    }.items():
         expected = outcome(case, lambda _, tensor: tensor)
         found = outcome(case, lambda at, tensor, names=names: spread(tensor, 0) if at in names else tensor)
         torch.testing.assert_close(found, expected)

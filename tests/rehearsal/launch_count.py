@@ -4,7 +4,7 @@ an operator of PyTorch or vLLM that computes, moves or fills something         1
 views, metadata, memory that is only reserved, results without elements        0
 a Triton kernel, ours or vLLM's                                                1
 a norm, an activation or a rotary embedding of vLLM                            1, the hand-written kernel of a GPU
-vLLM's attention                                                               2, the write to its cache included
+vLLM's attention                                                               1, and 1 for the write to its cache
 values that the host hands over, or reads                                      1, the copy
 """
 
@@ -25,7 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from vllm_orthrus.engine import speculator
-from vllm_orthrus.engine.onepass import drafting
+from vllm_orthrus.engine.onepass import drafting, verification
 
 BY_HAND = (RMSNorm, SiluAndMul, RotaryEmbedding)
 RESERVES = {
@@ -101,6 +101,7 @@ class LaunchCount(TorchDispatchMode):
     @contextmanager
     def counting(self, patch: pytest.MonkeyPatch) -> Iterator[None]:
         run, hand_over = InterpretedFunction.run, speculator.async_tensor_h2d
+        attend = verification.attend_to_cache
 
         def counted(function: Any, *given: Any, **named: Any) -> None:
             with self._as(function.fn.__name__, 1):
@@ -109,6 +110,10 @@ class LaunchCount(TorchDispatchMode):
         def handed_over(*given: Any, **named: Any) -> Any:
             with self._as("copy from the host", 1):
                 return hand_over(*given, **named)
+
+        def attended(*given: Any) -> Any:
+            with self._as("attention", 1):
+                return attend(*given)
 
         def begin(module: torch.nn.Module, inputs: Any) -> None:
             if times := _by_hand(module):
@@ -123,6 +128,7 @@ class LaunchCount(TorchDispatchMode):
         try:
             with patch.context() as inner, self:
                 inner.setattr(InterpretedFunction, "run", counted)
+                inner.setattr(verification, "attend_to_cache", attended)
                 for caller in (speculator, drafting):
                     inner.setattr(caller, "async_tensor_h2d", handed_over)
                 yield

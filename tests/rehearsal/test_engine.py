@@ -14,7 +14,6 @@ from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
 from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
-from vllm_orthrus.kernels.hypotheses import Hypotheses
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
 GIVEN = prompts(5, shortest=9)
@@ -81,9 +80,8 @@ def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypat
     # A planted fault: the anchors, which are a column of the blocks' rows, read as if they stood side by side.
     launch = choose.launch
 
-    def packed(*arguments: Any) -> Hypotheses:
-        outcome, bonus, candidates, drafts, anchors, *others = arguments
-        return launch(outcome, bonus, candidates, drafts, anchors.as_strided(anchors.shape, (1,)), *others)
+    def packed(drafted: choose.Drafted, *others: Any) -> None:
+        launch(drafted._replace(anchor=drafted.anchor.as_strided(drafted.anchor.shape, (1,))), *others)
 
     monkeypatch.setattr(choose, "launch", packed)
     faulty = greedily(start_form("triton", passes))
@@ -134,8 +132,9 @@ def test_every_step_launches_what_was_warmed_up(
     assert {launch.kernel for launch in launched} >= {
         "_attend_kernel",
         "_choose_kernel",
-        "_match_kernel",
         "_scan_kernel",
+        "_take_rows_kernel",
+        "_take_up_kernel",
         "_merge_scans_kernel",
         "_prepare_blocks_kernel",
         "_prepare_hypotheses_kernel",

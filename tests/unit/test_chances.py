@@ -7,12 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_orthrus.kernels import choose
-from vllm_orthrus.kernels.choose import choose_hypotheses
-from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
-from vllm_orthrus.kernels.match import match_outcome
+from vllm_orthrus.kernels import chances
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
 from vllm_orthrus.kernels.most_probable import from_probabilities
-from vllm_orthrus.policy import chances
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -51,7 +48,7 @@ def worth(chosen: list[tuple[int, int]], request: int, given_problem: Problem) -
 def test_each_choice_is_the_best_next_one(drafts: int, ranks: int, num_hypotheses: int, seed: int) -> None:
     given_problem = problem(2, drafts, ranks, seed)
     *_, candidates, tokens, anchors, _ = given_problem
-    chosen = choose.naive(*given_problem, VALUES, num_hypotheses)
+    chosen = choose_hypotheses(*given_problem, VALUES, num_hypotheses)
     for request in range(2):
         every = [(-1, int(anchors[request]))]
         every += [(a, int(tokens[request, a])) for a in range(drafts)]
@@ -117,7 +114,9 @@ def test_requests_do_not_disturb_each_other() -> None:
 def test_an_exact_block_at_hand_needs_no_other() -> None:
     """Drafts of a hit: the anchor's block would be the one they came from, so it is never asked for."""
     outcome, bonus, candidates, tokens, anchors, _ = problem(50, 6, 4, 1)
-    chosen = choose.naive(outcome, bonus, candidates, tokens, anchors, torch.zeros(50, dtype=torch.int64), VALUES, 8)
+    chosen = choose_hypotheses(
+        outcome, bonus, candidates, tokens, anchors, torch.zeros(50, dtype=torch.int64), VALUES, 8
+    )
     assert not (chosen.accepted == -1).any()
 
 

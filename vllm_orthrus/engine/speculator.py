@@ -29,6 +29,7 @@ from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn, read
 from vllm_orthrus.engine.graphs import BlockGraphs, OutcomeGraphs
 from vllm_orthrus.engine.load import load_view
 from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
+from vllm_orthrus.engine.rotation import rotate_nothing
 from vllm_orthrus.engine.sampler import DraftSampler
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.twopass import TwoPasses
@@ -202,6 +203,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         for num_reqs in range(1, self.draft_pass.at_once + 1):
             for width in self.draft_pass.widths:
                 attend_to_nothing(self.draft_pass.attention, self.rows.blocks(num_reqs, 0, width))
+        rotate_nothing(self.model.layers[0], self.model.target.model.layers[0].self_attn.rotary_emb)
         self.drafting.warm_up(input_batch)
         self.warm = True
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention.attention import Attention, unified_kv_cache_update
+from vllm.model_executor.layers.attention.attention import (
+    Attention,
+    unified_attention_with_output,
+    unified_kv_cache_update,
+)
+from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backend import AttentionType
 
 
@@ -14,6 +19,28 @@ def write_to_cache(attn: Any, key: torch.Tensor, value: torch.Tensor) -> None:
     """As vLLM does before it attends: to the slots in the forward context, in the cache's format."""
     dim = attn.head_size
     unified_kv_cache_update(key.view(len(key), -1, dim), value.view(len(value), -1, dim), attn.layer_name)
+
+
+def computes_as_given(attn: Any) -> bool:
+    """Whether nothing happens to queries, keys and values before vLLM's attention, but that its cache is written."""
+    return (
+        type(attn) is Attention
+        and attn.query_quant is None
+        and attn.kv_sharing_target_layer_name is None
+        and not attn.attn_backend.forward_includes_kv_cache_update
+    )
+
+
+def attend_to_cache(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """As vLLM does once the cache is written. All [rows, heads * dim]."""
+    out, dim = query.new_empty(query.shape), attn.head_size
+    query, key, value, by_head = (x.view(len(x), -1, dim) for x in (query, key, value, out))
+    if attn.use_direct_call:
+        unified_attention_with_output(query, key, value, by_head, attn.layer_name)
+    else:  # an operator that PyTorch knows
+        name = _encode_layer_name(attn.layer_name)
+        torch.ops.vllm.unified_attention_with_output(query, key, value, by_head, name)
+    return out
 
 
 @contextmanager

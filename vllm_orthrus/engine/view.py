@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.fused_ops import fused, unfused_ops
+from vllm_orthrus.engine.rotation import projected, rotate, rotates_plainly
 from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors, tensor_place
 
 
@@ -31,12 +32,13 @@ class DiffusionAttention(nn.Module):
             shape.num_heads * shape.head_dim, shape.hidden_size, bias=shape.o_bias, prefix=f"{prefix}.o_proj"
         )
         self.q_norm = self.k_norm = None
+        self.eps = target.q_norm.variance_epsilon if shape.qk_norm else 0.0
         if shape.qk_norm:
-            eps = target.q_norm.variance_epsilon
-            self.q_norm = RMSNorm(shape.head_dim, eps=eps)
-            self.k_norm = RMSNorm(shape.head_dim, eps=eps)
+            self.q_norm = RMSNorm(shape.head_dim, eps=self.eps)
+            self.k_norm = RMSNorm(shape.head_dim, eps=self.eps)
         self.sizes = [target.q_size, target.kv_size, target.kv_size]
         self.head_dim = shape.head_dim
+        self.dtype = torch.get_default_dtype()  # the model's, while it is built
 
     def forward(
         self, positions: torch.Tensor, x: torch.Tensor, rotary: nn.Module, attend: BlockAttention, layer: int
@@ -49,6 +51,9 @@ class DiffusionAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [rows, heads * dim], k and v [rows, kv_heads * dim]."""
         qkv, _ = self.qkv_proj(x)
+        if rotates_plainly(rotary, self.head_dim, x.device):
+            (rows,) = rotate((projected(self, qkv, positions),), self.sizes, self.head_dim, rotary, self.eps)
+            return rows
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # Launches that one after the other cost time inside a graph; docs/one-pass.md has the counted ones.
-PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 22, 14
-OUTCOME, AROUND_DRAFTS = 266, 6
+PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
+OUTCOME, AROUND_DRAFTS = 19, 6
 LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
 
 

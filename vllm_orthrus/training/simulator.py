@@ -24,10 +24,7 @@ import torch
 from torch import Tensor
 
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.kernels import choose, match
-from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered
-from vllm_orthrus.kernels.most_probable import from_probabilities
-from vllm_orthrus.policy.chances import (
+from vllm_orthrus.kernels.chances import (
     LOOKED_AT,
     Calibration,
     Drafts,
@@ -41,6 +38,8 @@ from vllm_orthrus.policy.chances import (
     outcome_chances,
     update_calibration,
 )
+from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses, count_covered, match_outcome
+from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.training.reference import Cache, Drafting, Reference, attend
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
 from vllm_orthrus.training.views import Rope
@@ -109,7 +108,7 @@ class OnePass:
         self.calibration: Calibration = new_calibration(reference.device)
         self.values = block_values(self.width, self.drafting_rows, hypotheses, reference.device)
         self.places = torch.arange(self.num_drafts + 1, device=reference.device)
-        self.choose: Callable[..., Hypotheses] = choose.naive
+        self.choose: Callable[..., Hypotheses] = choose_hypotheses
 
     @torch.inference_mode()
     def generate(
@@ -176,7 +175,7 @@ class OnePass:
             hidden = self.reference.autoregressive(ids, positions, cache)
         accepted, bonus = self._verify(drafts, q, self.reference.logits(hidden))
 
-        which, offset = match.naive(chosen, drafts.tokens, accepted + 1, bonus, now.offset)
+        which, offset = match_outcome(chosen, drafts.tokens, accepted + 1, bonus, now.offset)
         self.calibration, history = update_calibration(
             self.calibration, now.history, drafts, sampling, accepted + 1, bonus
         )

@@ -2,7 +2,7 @@
 
 forward    OnePass.forward      the verification, with the rows of the hypotheses
 verify     vLLM
-match      Memory.match         the newest block that the outcome has made useful
+match      Memory.match         the newest block that the outcome has made useful, and its rows that draft next
 draft      OnePassDrafting.draft
 choose     Memory.choose        hypotheses about what becomes of these drafts
 """
@@ -19,7 +19,8 @@ from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
 from vllm_orthrus.engine.graphs import OutcomeGraphs
 from vllm_orthrus.engine.onepass.counters import LateCounts
 from vllm_orthrus.engine.onepass.forward import OnePass
-from vllm_orthrus.engine.onepass.memory import Memory, Outcome
+from vllm_orthrus.engine.onepass.joined import can_join
+from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers
 from vllm_orthrus.engine.onepass.verification import refuse_unfusable
 from vllm_orthrus.engine.sampler import DraftSampler
@@ -33,6 +34,8 @@ from vllm_orthrus.engine.vllm import (
     VllmConfig,
     async_tensor_h2d,
 )
+from vllm_orthrus.kernels.choose import Drafted
+from vllm_orthrus.kernels.take_up import COUNTERS, Outcome
 
 
 class OnePassDrafting(Drafting):
@@ -57,7 +60,7 @@ class OnePassDrafting(Drafting):
         self.num_sampled = torch.zeros(room, dtype=torch.int64, device=device)
         self.num_rejected = torch.zeros(room, dtype=torch.int64, device=device)
         self.every_row = torch.arange(room, device=device)
-        self.counted = LateCounts(Memory.COUNTERS, self.memory.counters)
+        self.counted = LateCounts(COUNTERS, self.memory.counters)
         self.draft_passes = 0  # of requests; the host knows them exactly
 
     def bind(self, attention: BlockAttention, layers: list[CachedLayer], block_tables: BlockTables) -> None:
@@ -68,7 +71,9 @@ class OnePassDrafting(Drafting):
         beside: BlockAttention = GatherAttention(layers)
         if isinstance(attention, KernelAttention):
             beside = KernelAttention(layers, attention.workspace, self.shape.verified if one_pass.fused else 0)
-        one_pass.bind(beside, block_tables.input_block_tables)
+        targets = [layer.self_attn for layer in self.view.target.model.layers]
+        join = all(can_join(*one, self.every_row.device) for one in zip(layers, targets, strict=True))
+        one_pass.bind(beside, block_tables.input_block_tables, join)
 
     @property
     def carried(self) -> bool:  # type: ignore[override]
@@ -103,19 +108,21 @@ class OnePassDrafting(Drafting):
             self.num_rejected[:num_reqs],
             self.rows.input_ids[:num_reqs, 0],
         )
-        self.memory.match(self.buffers.rows_for(num_reqs), outcome)
-        self.draft(num_reqs)
+        self.draft(num_reqs, self.memory.match(self.buffers.rows_for(num_reqs), outcome))
 
-    def draft(self, num_reqs: int) -> None:
-        """Sample drafts from the blocks at hand, and choose hypotheses about what becomes of them."""
-        slot, num_drafts = self.rows.slots[:num_reqs, 0], self.shape.drafts
-        hidden = self.memory.rows_at_hand(slot)  # [num_reqs, K + 1, hidden]
-        logits = self.view.compute_logits(hidden.flatten(0, 1)).view(num_reqs, num_drafts + 1, -1)
-        anchor_position, anchor = self.rows.positions[:num_reqs, 0], self.rows.input_ids[:num_reqs, 0]
-        self.sampler.sample(num_reqs, logits[:, :-1].flatten(0, 1), self._keys(num_reqs))
-        temperature = self.sampler.speculator.temperature[slot]
-        drafts = self.sampler.drafts[:num_reqs]
-        self.memory.choose(slot, anchor_position, anchor, logits, drafts, temperature)
+    def draft(self, num_reqs: int, hidden: torch.Tensor) -> None:
+        """Sample drafts from these rows of the blocks at hand, and choose hypotheses about what becomes of them."""
+        slot, drafting = self.rows.slots[:num_reqs, 0], num_reqs * self.shape.drafts
+        logits = self.view.compute_logits(hidden)  # [num_reqs * K + num_reqs, vocabulary]
+        self.sampler.sample(num_reqs, logits[:drafting], self._keys(num_reqs))
+        drafted = Drafted(
+            slot,
+            self.rows.positions[:num_reqs, 0],
+            self.rows.input_ids[:num_reqs, 0],
+            self.sampler.drafts[:num_reqs],
+            self.sampler.speculator.temperature[slot],
+        )
+        self.memory.choose(drafted, logits)
 
     def _keys(self, num_reqs: int) -> torch.Tensor:
         """Of draws [num_reqs, K], by step as well as by place: which block drafts next depended on earlier draws."""
@@ -143,8 +150,8 @@ class OnePassDrafting(Drafting):
             self.sampler.sample_block(num_reqs, hidden, self.view, self._keys(num_reqs))
             return
         new = async_tensor_h2d(self.memory.meet(turn.slots, num_reqs), self.drafted.device)
-        self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
-        self.draft(num_reqs)
+        hidden = self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
+        self.draft(num_reqs, hidden)
         if len(turn.slots):
             self.memory.keep_only(turn.slots)
 
@@ -158,6 +165,7 @@ class OnePassDrafting(Drafting):
         self.num_sampled.zero_()
         for num_reqs in self.one_pass.warm_up(batch):
             self.match_and_draft(num_reqs)
+        self.memory.begin(self.rows.slots[:1, 0], self.drafted[:1], self.num_sampled[:1] == 0)  # behind a draft pass
 
     def make_graphs(
         self, cudagraph_mode: CUDAGraphMode, drafts_have_graphs: bool, device: torch.device

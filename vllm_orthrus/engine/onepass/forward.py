@@ -19,6 +19,7 @@ import torch
 from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.drafting import read_prompts
+from vllm_orthrus.engine.onepass import joined
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers, HypothesisRows
 from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification, OnePassAttention
@@ -51,15 +52,18 @@ class OnePass:
         state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
         target.get_model_state_cls = lambda: state
 
-    def bind(self, attention: BlockAttention, tables: list[torch.Tensor]) -> None:
-        """There is a cache now; until then, and without this call, the target's forward is as it was."""
+    def bind(self, attention: BlockAttention, tables: list[torch.Tensor], join: bool) -> None:
+        """There is a cache now; until then, and without this call, the target's forward is as it was.
+
+        join: both views' projections, in all layers.
+        """
         self.buffers.tables = tables
         self.captured.clear()
         if self.fused:
             assert isinstance(attention, KernelAttention)
-            self.attention = FusedVerification(attention, self.shape.most_carried)
+            self.attention = FusedVerification(attention, self.shape.most_carried, join)
         else:
-            self.attention = BackendVerification(attention)
+            self.attention = BackendVerification(attention, join)
 
     # Before the forward
 
@@ -99,6 +103,8 @@ class OnePass:
     def warm_up(self, batch: InputBatch) -> Iterator[int]:
         """Launch what rows of hypotheses may; yields each number of requests, for what else depends on it."""
         assert self.attention is not None
+        if self.attention.join:
+            joined.warm_up(self.view.target.model.layers[0].self_attn, self.view.layers[0])
         for num_reqs in range(1, self.shape.most_carried + 1):
             self.attention.clear()
             rows = self.buffers.empty_rows_for(num_reqs)

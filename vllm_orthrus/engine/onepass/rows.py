@@ -7,7 +7,8 @@ import torch
 from vllm_orthrus.engine.attention.blocks import Blocks
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.vllm import InputBatch, ModelConfig
-from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, Remembered, VerifyBatch, prepare_hypotheses
+from vllm_orthrus.kernels.prepare_hypotheses import HypothesisBlocks, VerifyBatch, prepare_hypotheses
+from vllm_orthrus.kernels.slots import Remembered
 
 
 class HypothesisRows(NamedTuple):

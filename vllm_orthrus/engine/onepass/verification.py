@@ -1,7 +1,8 @@
 """How a layer attends with the rows of a verification and with the hypothesis rows beside them.
 
-Either way the keys and values of the verification rows are in the cache before a hypothesis row looks at it, and the
-target's own code makes queries, keys and values of the verification rows and takes their results.
+Either way the keys and values of the verification rows are in the cache before a hypothesis row looks at it. Where
+`joined` is told that it knows the target's attention, it makes queries, keys and values of all rows and takes their
+results; elsewhere the target's own code does for the verification rows.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +12,8 @@ import torch
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention, Blocks, CachedLayer
 from vllm_orthrus.engine.attention.kernel import KernelAttention, unreadable
-from vllm_orthrus.engine.target_attention import answered_by, beyond_plain_softmax, write_to_cache
+from vllm_orthrus.engine.onepass import joined
+from vllm_orthrus.engine.target_attention import answered_by, attend_to_cache, beyond_plain_softmax, write_to_cache
 from vllm_orthrus.engine.vllm import InputBatch, VllmConfig
 from vllm_orthrus.kernels.dual_view_attention import Verification
 
@@ -19,8 +21,9 @@ from vllm_orthrus.kernels.dual_view_attention import Verification
 class OnePassAttention(ABC):
     """One call per layer of a forward with hypotheses."""
 
-    def __init__(self, blocks: BlockAttention) -> None:
+    def __init__(self, blocks: BlockAttention, join: bool) -> None:
         self.blocks = blocks  # how hypotheses attend
+        self.join = join  # both views' projections
         self.supports_graphs = blocks.supports_graphs
 
     @abstractmethod
@@ -71,6 +74,9 @@ class BackendVerification(OnePassAttention):
         positions: tuple[torch.Tensor, torch.Tensor],
         hidden: torch.Tensor,
     ) -> torch.Tensor:
+        if self.join:
+            rows, fresh = joined.project(target, diffusion, positions, hidden)
+            return joined.results(target, diffusion, attend_to_cache(target.attn, *rows), self.blocks(layer, *fresh))
         split = len(positions[0])
         verified = target(positions=positions[0], hidden_states=hidden[:split])
         drafted = diffusion(positions[1], hidden[split:], target.rotary_emb, self.blocks, layer)
@@ -86,8 +92,8 @@ class FusedVerification(OnePassAttention):
 
     blocks: KernelAttention
 
-    def __init__(self, blocks: KernelAttention, max_num_reqs: int) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: KernelAttention, max_num_reqs: int, join: bool) -> None:
+        super().__init__(blocks, join)
         self.width = blocks.verified
         rows, device = max_num_reqs * self.width, blocks.workspace.device
         self.uniform = torch.arange(0, rows + 1, self.width, dtype=torch.int32, device=device)
@@ -126,20 +132,17 @@ class FusedVerification(OnePassAttention):
         positions: tuple[torch.Tensor, torch.Tensor],
         hidden: torch.Tensor,
     ) -> torch.Tensor:
+        if self.join:
+            rows, fresh = joined.project(target, diffusion, positions, hidden)
+            return joined.results(target, diffusion, *self._attend(layer, rows[0], fresh))
         split, attn = len(positions[0]), target.attn
-        q, k, v = diffusion.project(positions[1], hidden[split:], target.rotary_emb)
+        fresh = diffusion.project(positions[1], hidden[split:], target.rotary_emb)
         drafted: torch.Tensor | None = None
-
-        def by_head(x: torch.Tensor) -> torch.Tensor:
-            return x.view(len(x), -1, attn.head_size)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             nonlocal drafted
             write_to_cache(attn, key, value)
-            verified = query.new_empty(query.shape)
-            starts = self.starts[: self.num_reqs + 1]
-            rows = Verification(by_head(query), self.lengths, self.width, by_head(verified), starts)
-            drafted = self.blocks(layer, q, k, v, rows)
+            verified, drafted = self._attend(layer, query, fresh)
             return verified
 
         with answered_by(attn, attend):
@@ -147,6 +150,20 @@ class FusedVerification(OnePassAttention):
         assert drafted is not None, "the target has not asked for its attention"
         drafted, _ = diffusion.o_proj(drafted)
         return torch.cat([verified, drafted])
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the verification's rows see, whose keys and values the cache has, and what the hypotheses' rows see."""
+        dim = self.blocks.layers[layer].attn.head_size
+
+        def by_head(x: torch.Tensor) -> torch.Tensor:
+            return x.view(len(x), -1, dim)
+
+        verified = query.new_empty(query.shape)
+        starts = self.starts[: self.num_reqs + 1]
+        rows = Verification(by_head(query), self.lengths, self.width, by_head(verified), starts)
+        return verified, self.blocks(layer, *fresh, rows)
 
 
 def refuse_unfusable(vllm_config: VllmConfig, layers: list[CachedLayer]) -> None:

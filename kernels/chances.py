@@ -8,9 +8,9 @@ rows that didn't know the bonus. What counts is how often drafts of such a confi
 
 Greedy and sampled requests are counted apart. A request whose drafts are rejected more, or less, often than that has
 its chances of rejection multiplied by (seen rejections + n) / (expected rejections + n). From these follow P(exactly a
-accepted) and P(bonus c | a), which is what `kernels.choose` asks for.
+accepted) and P(bonus c | a), which is what the choice of hypotheses goes by.
 
-Everything is a small tensor of fixed shape on the device and nothing is read back, so a captured graph may hold it.
+These are the formulas, as functions of small tensors of fixed shape. choose.py and take_up.py have them in kernels.
 """
 
 from __future__ import annotations
@@ -97,14 +97,17 @@ def describe_drafts(said: Probable, tokens: Tensor, num_drafts: Tensor, offset: 
     """
     places = torch.arange(said.tokens.shape[1], device=tokens.device)
     real = places[:-1] < num_drafts[:, None]
+    # A row that says nothing, for its logits are no numbers, must not become a chance or a count.
+    confidence = torch.where(said.confidence > 0, said.confidence, 0)
     drafted = torch.cat((torch.where(real, tokens, -1), torch.full_like(tokens[:, :1], -1)), dim=1)  # [R, K+1]
     share = torch.where(said.tokens == drafted[..., None], -1, said.probability)
     share, order = share.topk(share.shape[2] - 1, dim=-1)  # [R, K+1, C]
     found = said.tokens.gather(2, order)
-    left = torch.cat((1 - torch.where(real, said.confidence, 0), torch.ones_like(said.probability[:, :1, 0])), dim=1)
+    left = torch.cat((1 - torch.where(real, confidence, 0), torch.ones_like(said.probability[:, :1, 0])), dim=1)
     share = (share / left.clamp(min=1e-6)[..., None]).clamp(max=1)
     inside = (offset[:, None] + places < block) & (places <= num_drafts[:, None])  # the place has a row
-    return Drafts(tokens, num_drafts, offset, said.confidence, found, torch.where(inside[..., None], share, 0))
+    share = torch.where(inside[..., None] & (share > 0), share, 0)
+    return Drafts(tokens, num_drafts, offset, confidence, found, share)
 
 
 def accept_chances(calibration: Calibration, drafts: Drafts, sampled: Tensor) -> Tensor:
@@ -187,9 +190,9 @@ def _rank_cell(share: Tensor, sampled: Tensor) -> Tensor:
 
 
 def _bucket(x: Tensor) -> Tensor:
-    return torch.bucketize(x, _edges(x.device))
+    return torch.bucketize(x, edges_on(x.device))
 
 
 @functools.cache  # copied to a device once, not at every step
-def _edges(device: torch.device) -> Tensor:
+def edges_on(device: torch.device) -> Tensor:
     return torch.tensor(EDGES, device=device)

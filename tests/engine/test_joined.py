@@ -1,0 +1,78 @@
+"""The results of both views in one tensor, whatever their projections are."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from vllm_orthrus.engine.onepass import joined
+from vllm_orthrus.engine.rotation import rotates_plainly
+from vllm_orthrus.kernels.forms import SETTING
+
+HIDDEN, WIDTH = 12, 8
+
+
+class Quantized:
+    """A projection that is no product of `weight`."""
+
+    @staticmethod
+    def apply(layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, layer.weight, bias)
+
+
+def attention(method: Any, bias: bool, rank: int, ranks: int) -> Any:
+    weight, offset = torch.randn(HIDDEN, WIDTH), torch.randn(HIDDEN) if bias else None
+    o_proj = SimpleNamespace(
+        weight=weight, bias=offset, quant_method=method, tp_rank=rank, tp_size=ranks, output_size=HIDDEN
+    )
+    return SimpleNamespace(o_proj=o_proj)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (0, 2), (1, 2)])
+def test_each_view_s_own_product_and_one_sum(
+    quantized: bool, bias: bool, rank: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first rank adds the bias, and what ranks have is summed once for both views."""
+    method = Quantized() if quantized else UnquantizedLinearMethod()
+    target, diffusion = (attention(one, bias, rank, ranks) for one in (method, UnquantizedLinearMethod()))
+    sums: list[torch.Tensor] = []
+
+    def all_reduce(out: torch.Tensor) -> torch.Tensor:
+        sums.append(out)
+        return 2 * out
+
+    monkeypatch.setattr(joined, "tensor_model_parallel_all_reduce", all_reduce)
+    rows = torch.randn(3, WIDTH), torch.randn(5, WIDTH)
+    added = [one.o_proj.bias if rank == 0 else None for one in (target, diffusion)]
+    weights = (target.o_proj.weight, diffusion.o_proj.weight)
+    expected = torch.cat([linear(*one) for one in zip(rows, weights, added, strict=True)])
+    found = joined.results(target, diffusion, *rows)
+    torch.testing.assert_close(found, ranks * expected)
+    assert len(sums) == ranks - 1
+
+
+@pytest.mark.parametrize(
+    ("plain", "wanted"),
+    [
+        ({}, True),
+        ({"rope_type": "linear", "factor": 2.0}, True),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, True),
+        ({"partial_rotary_factor": 0.5}, False),
+        ({"mrope_section": [4, 6, 6]}, False),
+    ],
+)
+def test_which_rotations_are_plain(plain: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = {"rope_theta": 10000.0, "rope_type": "default", "original_max_position_embeddings": 64} | plain
+    with set_current_vllm_config(VllmConfig()):
+        rotary = get_rope(32, 64, rope_parameters=parameters, dtype=torch.float32)
+    monkeypatch.setenv(SETTING, "triton")
+    assert rotates_plainly(rotary, 32, torch.device("cpu")) == wanted
+    monkeypatch.setenv(SETTING, "torch")
+    assert not rotates_plainly(rotary, 32, torch.device("cpu")), "twins are vLLM's own modules"
