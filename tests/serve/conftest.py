@@ -14,6 +14,8 @@ from vllm_orthrus.demo.server import Server
 
 # So few blocks that a burst of requests has to be stopped and started again, and all of them are soon in use.
 FEW_BLOCKS = ("--kv-cache-memory-bytes", str(12 << 20))
+# What a server that is told to stop may still take for what it has begun. Without it vLLM lets its clients wait.
+LAST_WORDS = 4
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,7 +28,7 @@ def separate_processes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.drafting(tmp_path_factory.mktemp("drafting"), options=FEW_BLOCKS) as server:
+    with servers.drafting(tmp_path_factory.mktemp("drafting"), options=[*FEW_BLOCKS, "--shutdown-timeout", str(LAST_WORDS)]) as server:
         yield server
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from tests.serve import faults, servers, soak, traffic
+from tests.serve.conftest import LAST_WORDS
 from tests.serve.soak import Soaked
 from tests.serve.traffic import Outcome
 from vllm_orthrus.demo.server import Server, serve_command
@@ -46,11 +47,12 @@ def test_answers_are_right_when_the_cache_is_nearly_empty(
 
 
 def test_a_terminated_server_leaves_no_client_waiting(server: Server, expected: dict[str, Outcome]) -> None:
-    """Given time to, it answers what it has begun."""
+    """Told to stop while it answers some, it answers them or says that it cannot; the last test of this server."""
     found = faults.strike(server, faults.terminate, count=6)
-    assert found.hanging == 0
-    assert found.status is not None and not found.left_behind
-    assert all(found.told)
+    assert found.hanging == 0 and found.answered + len(found.told) == 6
+    assert found.told and all(found.told), "none was under way, or one was told nothing"
+    assert found.seconds < 2 * LAST_WORDS
+    assert found.status == 0 and not found.left_behind
 
 
 def test_a_port_that_is_taken() -> None:
