@@ -16,6 +16,7 @@ from vllm_orthrus.demo.server import Server
 FEW_BLOCKS = ("--kv-cache-memory-bytes", str(12 << 20))
 # What a server that is told to stop may still take for what it has begun. Without it vLLM lets its clients wait.
 LAST_WORDS = 4
+OPTIONS = (*FEW_BLOCKS, "--shutdown-timeout", str(LAST_WORDS))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,7 +29,7 @@ def separate_processes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with servers.drafting(tmp_path_factory.mktemp("drafting"), options=[*FEW_BLOCKS, "--shutdown-timeout", str(LAST_WORDS)]) as server:
+    with servers.drafting(tmp_path_factory.mktemp("drafting"), options=OPTIONS) as server:
         yield server
 
 

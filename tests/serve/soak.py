@@ -29,8 +29,9 @@ from tests.serve.watch import Sample
 from vllm_orthrus.bench.files import write_json
 from vllm_orthrus.demo.server import Server
 
-# Of the memory, what an allocator may keep. A worker on a CPU also keeps oneDNN's compiled products, one for each number
-# of rows that it has met and each shape of weights, about 1 MB each and 1024 at most: only time tells those from a leak.
+# Of the memory, what an allocator may keep. A worker on a CPU also keeps oneDNN's compiled products, one for each
+# number of rows that it has met and each shape of weights, about 1 MB each and 1024 at most: those only time can tell
+# from a leak.
 SPARE = {"VLLM::Worker": 0.25}
 SPARE_ELSEWHERE = 0.02
 
