@@ -118,6 +118,17 @@ def disagreements(found: Soaked) -> list[str]:
     return [claim for claim, holds in claims.items() if not holds]
 
 
+def decays(slopes: Mapping[str, Any], minutes: float) -> list[str]:
+    """What drafting brings may not fall by more than chance, and a twentieth, over all of the time."""
+    found = []
+    for name in ("tokens_per_cycle", "first_kept"):
+        if (line := slopes.get(name)) and line["per_minute"] < -line["noise"]:
+            fallen = -line["per_minute"] * minutes
+            if fallen > line["mean"] / 20:
+                found.append(f"{name} has fallen by {fallen:.3f}, of {line['mean']:.3f} in the mean")
+    return found
+
+
 def differences(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
     """From what stock vLLM says to the same."""
     greedy = [one for one in outcomes if one.request.greedy and not one.error]
@@ -130,7 +141,7 @@ def differences(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--rate", type=float, default=5.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
     parser.add_argument("--speculative", default=json.dumps(ONE_PASS), help="settings of ours; null: stock vLLM")
     parser.add_argument("--out", type=Path, help="FILE.json; FILE.png goes beside it")
     asked = parser.parse_args()
@@ -141,8 +152,9 @@ def main() -> int:
     facts = environment()
     with plain(folder) if settings is None else drafting(folder, settings) as server:
         found = soak(server, asked.rate, 60 * asked.minutes, run_in=min(60.0, 15 * asked.minutes), every=5.0)
-    report = reported(found) | {"wrong": wrong(found) if settings is not None else []}
+    report = reported(found) | {"wrong": []}
     if settings is not None:
+        report["wrong"] = wrong(found) + decays(report["slopes_per_minute"], asked.minutes)
         parted = differences(found.traffic.outcomes, folder)
         report["differences"] = {"count": len(parted), "first": parted[:20]}
     said = {"minutes": asked.minutes, "rate": asked.rate, "speculative": settings, "options": OPTIONS}

@@ -133,6 +133,16 @@ def test_a_slope_is_told_from_noise(per_minute: float, flat: bool) -> None:
     assert abs(found.per_minute - per_minute) <= 1.5 * found.noise
 
 
+@pytest.mark.parametrize(
+    ("per_minute", "noise", "decayed"),
+    [(-0.01, 0.002, True), (-0.01, 0.02, False), (-0.001, 0.0005, False), (0.01, 0.002, False)],
+)
+def test_acceptance_that_decays_is_called_so(per_minute: float, noise: float, decayed: bool) -> None:
+    """Only what is more than chance, and a twentieth of it within half an hour."""
+    line = watch.Slope(per_minute, noise, mean=3.0)._asdict()
+    assert bool(soak.decays({"tokens_per_cycle": line}, minutes=30)) == decayed
+
+
 def test_what_drafting_brings_is_told_by_window() -> None:
     def at(place: int, kept: float) -> Sample:
         names = ("spec_decode_num_drafts", "orthrus_verifications", "orthrus_hits")
