@@ -113,12 +113,15 @@ def main() -> int:
         print(line(name, found[name]), flush=True)
         for test in red:
             print(f"  RED {test}", flush=True)
-    counts = {way: dict(sum((Counter(one[way]) for one in found.values()), Counter())) for way in ("plain", "orthrus")}
-    print(json.dumps({"vllm": release, **counts}))
-    if asked.out:
-        facts = {"vllm": release, "python": sys.version.split()[0], "speculative": OURS | asked.speculative}
-        asked.out.write_text(json.dumps({**facts, "total": counts, "files": found}, indent=1) + "\n")
+        if asked.out:
+            facts = {"vllm": release, "python": sys.version.split()[0], "speculative": asked.speculative}
+            asked.out.write_text(json.dumps({**facts, "total": totals(found), "files": found}, indent=1) + "\n")
+    print(json.dumps({"vllm": release, **totals(found)}))
     return 1 if any(one["red"] for one in found.values()) else 0
+
+
+def totals(found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    return {way: dict(sum((Counter(one[way]) for one in found.values()), Counter())) for way in ("plain", "orthrus")}
 
 
 def installed() -> str:
