@@ -14,8 +14,9 @@ from vllm_orthrus.demo.server import Server
 
 # So few blocks that a burst of requests has to be stopped and started again, and all of them are soon in use.
 FEW_BLOCKS = ("--kv-cache-memory-bytes", str(12 << 20))
-# What a server that is told to stop may still take for what it has begun. Without it vLLM lets its clients wait.
-LAST_WORDS = 4
+# Seconds that a server which is told to stop may take for what it has begun. By default vLLM takes none, and lets its
+# clients wait; so it may if this time is over before they have their answers.
+LAST_WORDS = 120
 OPTIONS = (*FEW_BLOCKS, "--shutdown-timeout", str(LAST_WORDS))
 
 

@@ -22,7 +22,7 @@ from tests.serve import servers, traffic
 from tests.serve.traffic import Outcome, Request
 from vllm_orthrus.demo.server import Server
 
-LONG = {"model": servers.MODEL, "temperature": 0, "max_tokens": 800, "extra_body": {"ignore_eos": True}}
+BODY = {"model": servers.MODEL, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 def terminate(server: Server) -> None:
@@ -60,21 +60,24 @@ class Aftermath(NamedTuple):
     left_behind: list[str]  # processes that outlived it
 
 
-def requests(count: int) -> list[Request]:
-    """More than run at a time, half of them streams, none of them done before the fault."""
-    return [
-        Request("short", LONG | {"messages": [{"role": "user", "content": f"Count from {n} to 999."}]}, bool(n % 2))
+def requests(count: int, tokens: int) -> list[Request]:
+    """Half of them streams."""
+    bodies = (
+        {**BODY, "max_tokens": tokens, "messages": [{"role": "user", "content": f"Count from {n} to 999."}]}
         for n in range(count)
-    ]
+    )
+    return [Request("short", body, stream=bool(n % 2)) for n, body in enumerate(bodies)]
 
 
-def strike(server: Server, fault: Callable[[Server], None], count: int = 24, patience: float = 25) -> Aftermath:
-    """The server is hit while it answers some and others wait."""
+def strike(
+    server: Server, fault: Callable[[Server], None], count: int = 24, tokens: int = 800, patience: float = 25
+) -> Aftermath:
+    """The server is hit while it answers some and, if there are more than run at a time, others wait."""
     family = servers.processes(server)
 
     async def struck() -> tuple[list[Outcome], int, float]:
         async with traffic.client(server.url, timeout=10 * patience) as to:
-            tasks = [asyncio.create_task(traffic.ask(to, request)) for request in requests(count)]
+            tasks = [asyncio.create_task(traffic.ask(to, request)) for request in requests(count, tokens)]
             busy = asyncio.to_thread(
                 servers.until,
                 lambda: servers.counters(server),
