@@ -95,8 +95,8 @@ def strike(
             return [task.result() for task in done], len(pending), seconds
 
     outcomes, hanging, seconds = asyncio.run(struck())
-    status = servers.until(server.process.poll, lambda found: found is not None, 15)
-    left_behind = servers.until(lambda: [one for one in family if _lives(one)], lambda found: not found, 5)
+    status = servers.until(server.process.poll, lambda found: found is not None, 60)
+    left_behind = servers.until(lambda: [one for one in family if _lives(one)], lambda found: not found, 10)
     told = [one.error or "" for one in outcomes if one.error or any(answer.finish == "abort" for answer in one.answers)]
     return Aftermath(len(outcomes) - len(told), told, hanging, seconds, status, [one.name() for one in left_behind])
 
