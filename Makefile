@@ -5,7 +5,9 @@
 # make kernels-compiled    every kernel and shape, compiled for every GPU with the Tritons that vLLM brings there
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
 # make engine-check    the same for the whole engine, in phases that go on where they stopped
-# make lint, unit, kernels, rehearsal, engine, engine-newer    parts of `make test`
+# make soak MINUTES=30    mixed traffic on a real server, and whether it is afterwards what it was before
+# make vllm-tests   vLLM's own tests, with stock vLLM and with our method
+# make lint, unit, kernels, rehearsal, engine, engine-newer, serve-tests    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
@@ -18,7 +20,7 @@ ENV = env
 NEW = newer
 
 .PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
-.PHONY: gpu-check engine-check clean
+.PHONY: serve-tests soak vllm-tests gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -31,7 +33,7 @@ quick: lint
 
 # The longest first.
 test: lint newer
-	+@$(SIDE_BY_SIDE) engine engine-newer kernels rehearsal unit
+	+@$(SIDE_BY_SIDE) engine engine-newer kernels rehearsal serve-tests unit
 
 env:
 	@$(PYTHON) scripts/make_env.py --folder $(VENV)
@@ -64,6 +66,19 @@ newer: env
 
 engine-newer: $(NEW)
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow"
+
+# `serve` is the server itself.
+serve-tests: $(ENV)
+	$(TEST) tests/serve
+
+MINUTES ?= 5
+RATE ?= 2
+soak: env
+	$(RUN) tests.serve.soak --minutes $(MINUTES) --rate $(RATE)
+
+vllm-tests: newer
+	$(VENV)/bin/python scripts/vllm_tests.py
+	PYTHONPATH=$(NEWER) $(VENV)/bin/python scripts/vllm_tests.py
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:

@@ -8,8 +8,8 @@ every point. Called again, a phase goes on where it stopped; one that has everyt
 another environment are never added to: --anew replaces them, --folder puts new ones beside them.
 
 A phase that finds something wrong doesn't keep later ones from running, but no speed is printed for a way of decoding
-that is wrong. Texts may part at near ties (`near_ties.py`). Exit status 1: something is wrong, failed, or is still to
-be done. Exit status 2: there is no GPU, or the findings at hand come from elsewhere.
+that is wrong. Texts may part at near ties (`vllm_orthrus/bench/near_ties.py`). Exit status 1: something is wrong,
+failed, or is still to be done. Exit status 2: there is no GPU, or the findings at hand come from elsewhere.
 """
 
 import argparse

@@ -22,7 +22,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import torch
 from vllm import LLM, SamplingParams
 
-from benchmarks.near_ties import CLOSE
+from vllm_orthrus.bench.near_ties import CLOSE
 
 COUNTERS = (
     "vllm:spec_decode_num_drafts",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.evidence import ROOT
-from benchmarks.near_ties import BOUNDS, Close, parting, ties
+from vllm_orthrus.bench.near_ties import BOUNDS, Close, parting, ties
 from vllm_orthrus.heads import (
     WEIGHTS,
     BaseShape,

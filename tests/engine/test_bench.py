@@ -87,3 +87,22 @@ def test_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < step["seconds"] < 5 and step["foretold"] > 0 for step in found["steps"])
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "not timed before" in capsys.readouterr().out
+
+
+def test_lossless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain decoding against itself, and drafting against it, with the logits of what was likely."""
+    out = tmp_path / "lossless.json"
+    asked = ["--ways", "two", "--per-class", "3", "--at-once", "1", "3", "--out", str(out)]
+    assert main(["bench", "lossless", *ASKED[:-2], *asked, *SMALL]) == 0
+    found = json.loads(out.read_text())
+    names = [(one["way"], one["at_once"]) for one in found["comparisons"]]
+    assert names == [("plain", 3), ("two", 1), ("two", 3)]
+    assert found["bound"] == 0.5, "bfloat16 is what it asks for by default"
+    assert 0 < found["tied"]["places"] <= 3 * 24
+    partings = [parted for one in found["comparisons"] for parted in one["partings"]]
+    assert all(0 <= parted["best_logit"] - parted["second_logit"] <= parted["gap"] < 0.5 for parted in partings)
+    assert [one["equal"] + len(one["partings"]) for one in found["comparisons"]] == [3, 3, 3]
+    with out.with_suffix(".csv").open() as lines:
+        assert len(list(csv.DictReader(lines))) == len(partings)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert "largest gap" in capsys.readouterr().out

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.near_ties import BOUNDS, CLOSE, Close, Parting, parting, ties
 from benchmarks.phases import PHASES, Scale
+from vllm_orthrus.bench.near_ties import BOUNDS, CLOSE, Close, Parting, parting, ties
 
 PLAIN = [5, 6, 7, 8]
 CLOSE_AT_2: Close = {0: {5: 0.0, 9: 0.4}, 2: {7: 0.0, 3: 2e-4, 4: 0.3}}

@@ -3,7 +3,8 @@
     python -m vllm_orthrus.bench.engine --serve TASK
 
 The task is the options of `vllm serve`. A question is prompts, how many of them at a time, and how to sample; the
-answer is what was said, in which time, and what vLLM counted meanwhile.
+answer is what was said, in which time, and what vLLM counted meanwhile. With `logprobs` among the sampling parameters
+it also holds, for each token that was said, the likeliest tokens with their values.
 """
 
 from __future__ import annotations
@@ -32,16 +33,21 @@ def main() -> None:
         before = counted(engine)
         params = SamplingParams(detokenize=False, **sampling)
         started = time.perf_counter()
-        said, steps = run(engine, prompts, at_once, params)
+        said, likeliest, steps = run(engine, prompts, at_once, params)
         seconds = time.perf_counter() - started
         now = counted(engine)
-        answer({"said": said, "steps": steps, "seconds": seconds, "counted": dict(now - before)})
+        answer(
+            {"said": said, "likeliest": likeliest, "steps": steps, "seconds": seconds, "counted": dict(now - before)}
+        )
 
 
-def run(engine: Any, prompts: list[list[int]], at_once: int, params: Any) -> tuple[list[list[int]], int]:
-    """What is said to each prompt, and how many steps brought a request anything, summed over requests."""
+def run(
+    engine: Any, prompts: list[list[int]], at_once: int, params: Any
+) -> tuple[list[list[int]], list[list[list[tuple[int, float]]]], int]:
+    """What is said to each prompt, what else was likely, and how many steps brought a request anything, summed up."""
     waiting = deque(enumerate(prompts))
     said: list[list[int]] = [[] for _ in prompts]
+    likeliest: list[list[list[tuple[int, float]]]] = [[] for _ in prompts]
     running = steps = 0
     while waiting or running:
         while waiting and running < at_once:
@@ -52,8 +58,13 @@ def run(engine: Any, prompts: list[list[int]], at_once: int, params: Any) -> tup
             tokens = list(output.outputs[0].token_ids)
             steps += len(tokens) > len(said[int(output.request_id)])
             said[int(output.request_id)] = tokens
+            if output.finished and output.outputs[0].logprobs:
+                likeliest[int(output.request_id)] = [
+                    sorted(((token, found.logprob) for token, found in place.items()), key=lambda one: -one[1])
+                    for place in output.outputs[0].logprobs
+                ]
             running -= output.finished
-    return said, steps
+    return said, likeliest, steps
 
 
 def counted(engine: Any) -> Counter[str]:

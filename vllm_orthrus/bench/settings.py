@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_orthrus.bench.ways import Way
@@ -24,6 +24,7 @@ class Settings:
     options: list[str]  # of `vllm serve`
     ignore_eos: bool
     logs: Path
+    further: Mapping[str, str] = field(default_factory=dict)  # variables for all ways alike
 
     @property
     def exact(self) -> bool:
@@ -33,7 +34,7 @@ class Settings:
     @property
     def variables(self) -> dict[str, str]:
         """Triton's products of float32 are otherwise TF32 on a GPU, and near ties would fall either way."""
-        return {"TRITON_F32_DEFAULT": "ieee"} if self.exact else {}
+        return dict(self.further) | ({"TRITON_F32_DEFAULT": "ieee"} if self.exact else {})
 
     def serve_options(self, at_once: int) -> list[str]:
         """For each of so many engines that are up together. The user's own come last, and win."""

@@ -15,6 +15,7 @@ def add_parser(subparsers: Any) -> None:
     _add_throughput(kinds)
     _add_acceptance(kinds)
     _add_cost(kinds)
+    _add_lossless(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -56,7 +57,24 @@ def _add_cost(kinds: Any) -> None:
     parser.set_defaults(run=cost)
 
 
-def _add_common(parser: argparse.ArgumentParser, ways: tuple[str, ...]) -> None:
+def _add_lossless(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "lossless",
+        help="where greedy texts part from plain vLLM's, and how nearly tied the tokens were there",
+        description="Plain decoding against itself in other batch sizes, which is the floor; then drafting against it.",
+    )
+    _add_common(parser, tuple(OURS), temperature=False, dtypes=("bfloat16", "float32"))
+    parser.add_argument("--per-class", type=int, help="only so many prompts of each class")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 16], help="requests at once")
+    parser.add_argument(
+        "--invariant", action="store_true", help="set VLLM_BATCH_INVARIANT=1 for all; then nothing may differ"
+    )
+    parser.set_defaults(run=lossless, temperature=0.0)
+
+
+def _add_common(
+    parser: argparse.ArgumentParser, ways: tuple[str, ...], temperature: bool = True, dtypes: tuple[str, ...] = ()
+) -> None:
     parser.add_argument("--model", required=True, help="folder or repository of the base")
     parser.add_argument("--head", help="folder or repository of the head (default: by the base's name)")
     parser.add_argument("--ways", nargs="+", default=ways, choices=NAMES, help=f"default: {' '.join(ways)}")
@@ -68,8 +86,12 @@ def _add_common(parser: argparse.ArgumentParser, ways: tuple[str, ...]) -> None:
     parser.add_argument("--raw", action="store_true", help="prompts as they stand, without the chat template")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end of an answer")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--dtype", default="auto")
+    if temperature:
+        parser.add_argument("--temperature", type=float, default=0.0)
+    if dtypes:  # for which is known how far rounding reaches
+        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes)
+    else:
+        parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="FILE.json; FILE.csv and FILE.png go beside it")
     parser.add_argument(
         "options", nargs="*", metavar="-- OPTIONS", help="further options of `vllm serve`, for all ways"
@@ -92,3 +114,9 @@ def cost(options: argparse.Namespace) -> int:
     from vllm_orthrus.bench.cost import run_cost
 
     return run_cost(options)
+
+
+def lossless(options: argparse.Namespace) -> int:
+    from vllm_orthrus.bench.lossless import run_lossless
+
+    return run_lossless(options)

@@ -12,13 +12,20 @@ whole units, and parts texts where nothing is tied.
 In float32 this presumes float32 products: with attention in TF32 the same logits move by 1.6e-2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.5}
 CLOSE = 1.0  # deficits that engines report: more than any bound, so that a red comparison can say by how much
 
 Close = Mapping[int, Mapping[int, float]]  # by place in the text, then by token: deficits below CLOSE
+
+
+def deficits(tokens: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Of tokens and their logits at one place, those that come close to the best."""
+    logits = dict(tokens)
+    best = max(logits.values())
+    return {token: best - logit for token, logit in logits.items() if best - logit < CLOSE}
 
 
 class Parting(NamedTuple):
