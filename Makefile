@@ -5,6 +5,7 @@
 # make kernels-compiled    every kernel and shape, compiled for every GPU with the Tritons that vLLM brings there
 # make gpu-check    on a GPU: are the kernels right, and how fast are they
 # make engine-check    the same for the whole engine, in phases that go on where they stopped
+# make compatibility    what goes together with Orthrus, asked of both vLLMs; renews docs/compatibility.md
 # make lint, unit, kernels, rehearsal, engine, engine-newer    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +19,7 @@ ENV = env
 NEW = newer
 
 .PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
-.PHONY: gpu-check engine-check clean
+.PHONY: compatibility gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -64,6 +65,12 @@ newer: env
 
 engine-newer: $(NEW)
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow"
+
+# A quarter of an hour of one core.
+compatibility: newer
+	$(TEST) tests/engine -m feature --features benchmarks/evidence
+	PYTHONPATH=$(NEWER) $(TEST) tests/engine -m feature --features benchmarks/evidence
+	$(RUN) tests.compatibility
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:
