@@ -124,7 +124,7 @@ REGRESSIONS = [
         "engine/test_regressions.py::test_batches_beyond_the_largest_graph",
     ),
     Regression(
-        "One row and several round otherwise in bfloat16, and a near tie is taken for a fault, or a fault for a near tie",
+        "One row and several round otherwise in bfloat16; a fault is taken for a near tie",
         issues(54506),
         (
             "unit/test_near_ties.py::test_where_texts_part",
