@@ -29,8 +29,9 @@ Everything ran on the CPU builds. What went wrong in other speculators, and the 
 REGRESSIONS_HEAD = """# Bugs of other speculators, held off
 
 Made by `python -m tests.compatibility` from `tests/regressions.py`; don't edit. Each bug has been shipped by a
-speculator for vLLM. Each of these tests has been seen to fail with the fault planted; the last column plants it in every
-run, or in those with `ORTHRUS_TEST_THOROUGH=1`. Faults of the attention kernel are in `kernels/test_planted_faults.py`.
+speculator for vLLM. Each of these tests has been seen to fail with the fault planted; the last column plants it in
+every run, or in those with `ORTHRUS_TEST_THOROUGH=1`. Faults of the attention kernel are in
+`kernels/test_planted_faults.py`.
 
 | bug | seen in | tests that fail | the fault | planted by |
 |---|---|---|---|---|

@@ -32,13 +32,15 @@ def trained(start: StartEngine, plain_pair: tuple[Engine, dict[str, Any]], reque
 @pytest.mark.feature("stop strings inside a block")
 def test_stop_strings(trained: Trained) -> None:
     """Found in the text, which comes a block at a time: what was drafted behind them must not be seen."""
-    given = trained.prompts(2)
+    given, found = trained.prompts(), 0
     for stop in (["4", "e"], ["\n"], ["; ", "ar", '": "'], [" 1", "d"]):
-        drafted, plain = trained.both(given, stop=stop, detokenize=True, ignore_eos=False)
+        asked: dict[str, Any] = {"stop": stop, "detokenize": True, "ignore_eos": False}
+        drafted, plain = trained.both(given, **asked)
         assert texts(drafted) == texts(plain)
-        assert sum(end == "stop" for _, end, _ in texts(plain)) > len(given) / 2
-        shown, _ = trained.both(given, stop=stop, detokenize=True, ignore_eos=False, include_stop_str_in_output=True)
-        assert all(text.endswith(why) for text, end, why in texts(shown) if end == "stop" and isinstance(why, str))
+        found += sum(isinstance(why, str) for *_, why in texts(plain))
+    assert found > len(given)
+    shown, _ = trained.both(given, **asked, include_stop_str_in_output=True)
+    assert all(text.endswith(why) for text, _, why in texts(shown) if isinstance(why, str))
 
 
 @pytest.mark.feature("stop tokens inside a block")
@@ -92,7 +94,7 @@ def test_min_tokens(trained: Trained) -> None:
 @pytest.mark.feature("repetition, presence and frequency penalties")
 def test_penalties(trained: Trained) -> None:
     """Each row of a verification is punished for the drafts before it, too."""
-    given = trained.prompts(2)
+    given = trained.prompts()
     penalties = {"repetition_penalty": 1.05, "presence_penalty": 0.5, "frequency_penalty": 0.4}
     drafted, plain = trained.both(given, **penalties)
     assert drafted.tokens == plain.tokens
@@ -141,10 +143,11 @@ def test_several_answers(trained: Trained) -> None:
         run = engine.run(given, 24, n=3, **sampling)
         return [[list(one.token_ids) for one in output.outputs] for output in run.outputs]
 
-    assert answers(trained.drafting) == answers(trained.plain)
+    nearly_greedy = {"temperature": 5e-4, "seed": 1}  # vLLM takes no more than one answer that is
+    assert answers(trained.drafting, **nearly_greedy) == answers(trained.plain, **nearly_greedy)
     sampled = answers(trained.drafting, temperature=1.2, seed=3)
     assert all(len(each) == 3 for each in sampled)
-    assert sum(len({tuple(one) for one in each}) for each in sampled) > 2 * len(given), "all of them are the same"
+    assert sum(len({tuple(one) for one in each}) for each in sampled) > len(given), "all of them are the same"
 
 
 @pytest.mark.feature("beam search")
@@ -174,7 +177,7 @@ def log_probabilities(run: Any) -> list[Any]:
         pytest.param({"logprobs": 3}, marks=pytest.mark.feature("logprobs")),
         pytest.param({"logprobs": 1, "prompt_logprobs": 2}, marks=pytest.mark.feature("prompt_logprobs")),
         pytest.param(
-            {"logprobs": 2, "logprob_token_ids": [5, 9, 400]},
+            {"logprobs": 3, "logprob_token_ids": [5, 9, 400]},
             marks=pytest.mark.feature("logprob_token_ids beside logprobs"),
         ),
         pytest.param({"logprob_token_ids": [5, 9, 400]}, marks=pytest.mark.feature("logprob_token_ids alone")),
@@ -274,7 +277,7 @@ def test_pause_in_the_middle(trained: Trained) -> None:
     done: dict[str, list[int]] = {}
     for step in range(100):
         if step == 3:
-            trained.drafting.llm.sleep(0)
+            trained.drafting.llm.sleep(0, mode="keep")
             assert engine.is_sleeping()
             trained.drafting.llm.wake_up(["scheduling"])
         for output in engine.step():

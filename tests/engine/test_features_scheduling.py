@@ -184,9 +184,7 @@ def test_weights_are_loaded_anew(
 
 @pytest.mark.feature("KV connectors")
 @both_passes
-def test_prefixes_from_a_connector(
-    passes: str, start: StartEngine, tiny: Checkpoints, plain: Engine, tmp_path: Path
-) -> None:
+def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
     """One engine stores the cache of its prompts, and another drafts over it without having read them."""
     stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     options = {
@@ -194,8 +192,14 @@ def test_prefixes_from_a_connector(
         "kv_transfer_config": stored | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}},
     }
     given = prompts(5, shortest=100)
-    start(None, **options).run(given, 1)
-    run = start(by_passes(tiny, passes), **options).run(given, 32)
+    storing = Engine(tiny.base, None, **options)
+    storing.run(given, 1)
+    storing.close()  # a process has one connector at a time
+    drafting = Engine(tiny.base, by_passes(tiny, passes), **options)
+    try:
+        run = drafting.run(given, 32)
+    finally:
+        drafting.close()
     assert run.cached_tokens > 60 * len(given)
     assert run.tokens == plain.run(given, 32).tokens
     assert keeps_what_it_drafts(run, passes)

@@ -58,7 +58,7 @@ class Trained(NamedTuple):
     def both(self, prompts: Sequence[Sequence[int]], max_tokens: int = 48, **sampling: Any) -> tuple[Run, Run]:
         """With drafts and without; drafts must have been kept."""
         drafted = self.drafting.run(prompts, max_tokens, **sampling)
-        assert 0 < drafted.counts.accepted < drafted.counts.drafted
+        assert 0 < drafted.counts.accepted <= drafted.counts.drafted
         return drafted, self.plainly(prompts, max_tokens, **sampling)
 
 
