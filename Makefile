@@ -68,6 +68,7 @@ engine-newer: $(NEW)
 
 # A quarter of an hour of one core.
 compatibility: newer
+	rm -f benchmarks/evidence/compatibility-*.json
 	$(TEST) tests/engine -m feature --features benchmarks/evidence
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine -m feature --features benchmarks/evidence
 	$(RUN) tests.compatibility

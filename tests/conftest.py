@@ -1,5 +1,6 @@
 """Which features a run has evidence for, and which tests are for long runs only."""
 
+import json
 import os
 from importlib import metadata
 from pathlib import Path
@@ -53,5 +54,10 @@ class Findings:
 
     def pytest_sessionfinish(self) -> None:
         release = metadata.version("vllm").partition("+")[0]
-        facts = {"environment": environment(), "features": self.found}
-        write_json(self.folder / f"compatibility-{release}.json", facts)
+        file = self.folder / f"compatibility-{release}.json"
+        rows = json.loads(file.read_text())["features"] if file.exists() else {}  # of runs of other tests
+        for name, row in self.found.items():
+            before = rows.get(name, {"thorough": True, "said": None, "tests": {}})
+            told = {"said": row["said"] or before["said"], "thorough": row["thorough"] and before["thorough"]}
+            rows[name] = row | told | {"tests": before["tests"] | row["tests"]}
+        write_json(file, {"environment": environment(), "features": rows})
