@@ -7,6 +7,7 @@
 # make engine-check    the same for the whole engine, in phases that go on where they stopped
 # make soak MINUTES=30    mixed traffic on a real server, and whether it is afterwards what it was before
 # make vllm-tests   vLLM's own tests, with stock vLLM and with our method
+# make compatibility    what goes together with Orthrus, asked of both vLLMs; renews docs/compatibility.md
 # make lint, unit, kernels, rehearsal, engine, engine-newer, serve-tests    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ ENV = env
 NEW = newer
 
 .PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
-.PHONY: serve-tests soak vllm-tests gpu-check engine-check clean
+.PHONY: serve-tests soak vllm-tests compatibility gpu-check engine-check clean
 
 demo: env
 	@$(VENV)/bin/vllm-orthrus demo
@@ -79,6 +80,13 @@ soak: env
 vllm-tests: newer
 	$(VENV)/bin/python scripts/vllm_tests.py
 	PYTHONPATH=$(NEWER) $(VENV)/bin/python scripts/vllm_tests.py
+
+# A quarter of an hour of one core.
+compatibility: newer
+	rm -f benchmarks/evidence/compatibility-*.json
+	$(TEST) tests/engine -m feature --features benchmarks/evidence
+	PYTHONPATH=$(NEWER) $(TEST) tests/engine -m feature --features benchmarks/evidence
+	$(RUN) tests.compatibility
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:

@@ -75,10 +75,10 @@ def head_config(block_size: int, base: str | None = None) -> HeadConfig:
     return HeadConfig.for_base(CONFIG, block_size, MASK, base)
 
 
-def write_base(folder: Path) -> Path:
+def write_base(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    save_file(base_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(base_tensors(seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -1,5 +1,6 @@
 """Engines are expensive: each configuration is started once and shared by the tests that need just that."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,8 @@ def start(tiny: Checkpoints) -> Iterator[StartEngine]:
 
     yield start_engine
     for engine in running:
-        engine.close()
+        engine.close(collect=False)
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def _furthest_of_hypotheses(engine: Any, limit: int) -> int:
     return furthest
 
 
+@pytest.mark.feature("fp8 KV cache")
 @pytest.mark.parametrize("passes", ["auto", "two"])
 def test_quantized_cache(passes: str, start: StartEngine, tiny: Checkpoints) -> None:
     """An engine over one starts, and drafts as its own target would say it."""

@@ -92,6 +92,7 @@ def test_fewer_rows_and_drafts_than_trained(start: StartEngine, tiny: Checkpoint
     assert engine.run(prompts(4), 24).tokens == plain.run(prompts(4), 24).tokens
 
 
+@pytest.mark.feature("numbers of drafts by batch size")
 def test_drafts_chosen_by_batch_size(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
     """vLLM's dynamic speculation, down to no drafts at all."""
     schedule = [[1, 2, 5], [3, 4, 2], [5, 8, 0]]
@@ -107,6 +108,7 @@ def test_drafts_chosen_by_batch_size(start: StartEngine, tiny: Checkpoints, plai
     assert drafted.tokens == plain.run(prompts(8), 24).tokens
 
 
+@pytest.mark.feature("merged checkpoints")
 def test_merged_checkpoint(start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
     """As published, without its remote code: the head is found in the target itself."""
     expected = plain.run(prompts(4), 40)

@@ -83,6 +83,9 @@ def test_with_sampling(drafting: Engine, comparer: Comparer) -> None:
     assert carries_exact_blocks(drafting, comparer, 2, temperature=0.8, seed=3)
 
 
+@pytest.mark.feature("chunked prefill")
+@pytest.mark.feature("prefix caching")
+@pytest.mark.feature("preemption")
 def test_chunked_prefill_preemption_and_prefix_hits(
     start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer
 ) -> None:
@@ -95,6 +98,8 @@ def test_chunked_prefill_preemption_and_prefix_hits(
     assert comparer.worst <= 1e-5
 
 
+@pytest.mark.feature("asynchronous scheduling")
+@pytest.mark.feature("asynchronous scheduling with preemption")
 @pytest.mark.usefixtures("asynchronous")
 def test_asynchronous_scheduling(start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer) -> None:
     engine = start(one_pass(tiny.block_head), max_num_batched_tokens=512, num_gpu_blocks_override=18)
@@ -227,6 +232,7 @@ def test_graphs_find_their_rows_where_they_were_captured(drafting: Engine) -> No
     assert one.dummy(3, 3 * one.shape.verified + 1) is None, "a ragged batch has no graph with rows"
 
 
+@pytest.mark.feature("compiled models")
 @pytest.mark.slow
 def test_beside_a_compiled_target(start: StartEngine, tiny: Checkpoints, plain: Engine, comparer: Comparer) -> None:
     """Prompts go through the compiled model, verifications with hypotheses past it, and both know the same cache."""

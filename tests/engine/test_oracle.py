@@ -61,6 +61,7 @@ def test_far_positions(
     assert drafted.tokens == start(None, base, **options).run(long, 32).tokens
 
 
+@pytest.mark.feature("chunked prefill")
 def test_chunked_prefill(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
     engine = start(oracle_config, max_num_batched_tokens=16)
     mixed = prompts(6, shortest=30)
@@ -69,6 +70,8 @@ def test_chunked_prefill(start: StartEngine, oracle_config: dict[str, Any], plai
     assert drafted.tokens == plain.run(mixed, 24).tokens
 
 
+@pytest.mark.feature("prefix caching")
+@pytest.mark.feature("preemption")
 def test_prefix_hits_and_preemption(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
     engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
     shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
@@ -90,6 +93,7 @@ def test_probabilistic_drafts(start: StartEngine, oracle_config: dict[str, Any])
     assert engine.run(prompts(6), 40, temperature=0.9, seed=3).tokens == drafted.tokens, "seeds do not reproduce"
 
 
+@pytest.mark.feature("prefix caching: the same prompt again, sampled")
 @pytest.mark.usefixtures("compiled")
 def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: dict[str, Any]) -> None:
     """All of the prompt but its last token comes from the cache, so that its prefill looks like a decoding step.
@@ -106,6 +110,8 @@ def test_sampled_repeats_of_a_cached_prompt(start: StartEngine, oracle_config: d
     assert again.tokens == first.tokens
 
 
+@pytest.mark.feature("asynchronous scheduling")
+@pytest.mark.feature("asynchronous scheduling with preemption")
 @pytest.mark.usefixtures("compiled", "asynchronous")
 def test_asynchronous_scheduling(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
     engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)

@@ -53,6 +53,7 @@ def copying(tiny: Checkpoints) -> dict[str, Any]:
     return {"method": "orthrus", "orthrus_passes": "two"} | head
 
 
+@pytest.mark.feature("tensor parallelism")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_spawned_workers(ranks: int, tiny: Checkpoints, copying: dict[str, Any], expected: Any, tmp_path: Path) -> None:
     tokens, (_, drafted, accepted), counted = generate(tmp_path, tiny.base, copying, {"tensor_parallel_size": ranks})
@@ -88,6 +89,8 @@ def on_one_rank(
     return counts
 
 
+@pytest.mark.feature("tensor parallelism")
+@pytest.mark.feature("Ray")
 @pytest.mark.parametrize("workers", ["spawned", "ray"])
 def test_one_pass_on_two_ranks(
     workers: str, tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, on_one_rank: Any, tmp_path: Path
@@ -135,6 +138,8 @@ def one_pass_counters(server: Server) -> dict[str, int]:
     return {name: by_name[metric.name + "_total", metric.cause] for name, metric in METRICS.items()}
 
 
+@pytest.mark.feature("completions, streamed and not")
+@pytest.mark.feature("several API servers")
 def test_server_and_metrics(server: Server) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
 

@@ -90,6 +90,7 @@ def name(case: Any) -> str:
     return "-".join(case.values()) if isinstance(case, dict) else str(case)
 
 
+@pytest.mark.feature("temperature: the same distribution")
 @pytest.mark.parametrize(("settings", "temperature"), CASES, ids=name)
 def test_same_distribution(
     settings: dict[str, Any],
