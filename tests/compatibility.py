@@ -4,11 +4,12 @@ python -m tests.compatibility
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.features import FEATURES
+from tests.features import FEATURES, listed
 from tests.regressions import REGRESSIONS
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +21,8 @@ HEAD = """# What goes together with Orthrus
 
 Made by `make compatibility` from the results of the tests that each row names; don't edit. *Works* means that the text
 is that of the same engine without drafts, token for token in float32, and that drafts were kept. *Refused* means before
-anything is loaded, and the reason is what the engine says. What vLLM refuses for every speculative method, it refuses
-for this one. Where it says *on request*, `ORTHRUS_TEST_THOROUGH=1 make engine` runs the test, and `make test` doesn't.
+anything is loaded, and the reason is what the engine says. What *vLLM itself refuses*, it refuses for every speculative
+method, or for every engine on a CPU. Where it says *on request*, `ORTHRUS_TEST_THOROUGH=1 make engine` runs the test, and `make test` doesn't.
 Everything ran on the CPU builds. What went wrong in other speculators, and the tests that hold it off here, is in
 [regressions.md](regressions.md).
 """
@@ -65,7 +66,7 @@ def verdict(row: Mapping[str, Any] | None) -> str:
     failed = [name for name, test in row["tests"].items() if test["outcome"] == "failed"]
     if failed or all(test["outcome"] == "skipped" for test in row["tests"].values()):
         return f"**fails**: {len(failed)} of {len(row['tests'])} tests" if failed else "not tested"
-    told = {"works": "works", "refused": "refused", "stock": "vLLM refuses it for every speculative method"}
+    told = {"works": "works", "refused": "refused", "stock": "vLLM itself refuses"}
     words = told[row["verdict"]]
     if row["said"]:
         words += f": {row['said']}"
@@ -85,10 +86,20 @@ def regressions() -> str:
     return REGRESSIONS_HEAD + "".join(rows)
 
 
-def main() -> None:
-    PAGE.write_text(page(found()))
+def unasked(by_release: Mapping[str, Found]) -> list[str]:
+    """Rows for which no test has run."""
+    return [f"vLLM {release}: {name}" for release, rows in by_release.items() for name in listed() if name not in rows]
+
+
+def main() -> int:
+    results = found()
+    PAGE.write_text(page(results))
     REGRESSIONS_PAGE.write_text(regressions())
+    missing = unasked(results)
+    if missing:
+        print("not tested:", *missing, sep="\n  ")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

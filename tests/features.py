@@ -2,7 +2,7 @@
 
     @pytest.mark.feature("stop strings inside a block")
     @pytest.mark.feature("LoRA", "refused")
-    @pytest.mark.feature("logit_bias", "stock")     vLLM refuses it for every speculative method
+    @pytest.mark.feature("logit_bias", "stock")     vLLM itself refuses it, whatever the method
 
 A run with `--features FOLDER` keeps there what its tests found, in a file for its vLLM, and
 `python -m tests.compatibility` makes docs/compatibility.md of it. The tests marked `thorough` take part in such runs,

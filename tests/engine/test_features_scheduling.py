@@ -48,7 +48,7 @@ def test_aborted_requests(passes: str, start: StartEngine, tiny: Checkpoints, pl
     llm, done = engine.llm.llm_engine, dict[str, list[int]]()
     for index, tokens in enumerate(given):
         llm.add_request(str(index), {"prompt_token_ids": tokens}, greedy)
-    gone = {f"{index}": 4 + 3 * index for index in (0, 3, 5, 6)}  # after so many steps
+    gone = {f"{index}": 4 + 2 * index for index in (0, 3, 5, 6)}  # after so many steps
     for step in range(400):
         llm.abort_request([name for name, when in gone.items() if when == step])
         for output in llm.step():
@@ -165,16 +165,20 @@ def test_structured_output_and_preemption_when_scheduled_ahead(passes: str, star
 def test_weights_are_loaded_anew(
     passes: str, start: StartEngine, tiny: Checkpoints, plain: Engine, tmp_path: Path
 ) -> None:
-    """The head no longer fits: fewer drafts are kept, and the text is the new weights'. Then the old ones again."""
+    """The head no longer fits: fewer drafts are kept, and the text is that of the new weights. Then the old ones again.
+
+    The plain engine loads them, too: vLLM's CPU builds keep something of the old ones, and say what neither says.
+    """
     other = checkpoints.write_base(tmp_path / "other", seed=7)
     engine, given = start(by_passes(tiny, passes), max_num_batched_tokens=512), prompts(6)
+    reloading = start(None, max_num_batched_tokens=512)
 
-    def load(weights: Path) -> Run:
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
-        return engine.run(given, 32)
+    def load(which: Engine, weights: Path) -> Run:
+        which.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+        return which.run(given, 32)
 
-    first, unfit, again = engine.run(given, 32), load(other), load(tiny.base)
-    assert unfit.tokens == start(None, other).run(given, 32).tokens != first.tokens
+    first, unfit, again = engine.run(given, 32), load(engine, other), load(engine, tiny.base)
+    assert unfit.tokens == load(reloading, other).tokens != first.tokens
     assert unfit.counts.accepted < 0.5 * unfit.counts.drafted
     assert first.tokens == again.tokens == plain.run(given, 32).tokens
     assert keeps_what_it_drafts(again, passes)
@@ -192,6 +196,7 @@ def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine
         "kv_transfer_config": stored | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}},
     }
     given = prompts(5, shortest=100)
+    expected = plain.run(given, 32).tokens  # before the engines are closed that it shares its process groups with
     storing = Engine(tiny.base, None, **options)
     storing.run(given, 1)
     storing.close()  # a process has one connector at a time
@@ -201,7 +206,7 @@ def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine
     finally:
         drafting.close()
     assert run.cached_tokens > 60 * len(given)
-    assert run.tokens == plain.run(given, 32).tokens
+    assert run.tokens == expected
     assert keeps_what_it_drafts(run, passes)
 
 

@@ -45,7 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for name, speculative, more in (("plain", None, []), ("drafting", SETTINGS, DRAFTING)):
             port = free_port()
             command = serve_command(TINY / "base", port, speculative, [*OPTIONS, *more])
-            servers.append(Server(command, port, folder / name, patience=400))
+            servers.append(Server(command, port, folder / name, patience=900))
         try:
             for server in servers:
                 server.begin()
