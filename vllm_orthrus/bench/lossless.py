@@ -45,8 +45,8 @@ class Reference(NamedTuple):
 def run_lossless(asked: argparse.Namespace) -> int:
     if asked.invariant and not torch.cuda.is_available():
         raise UserError(
-            f"--invariant: needs a GPU. {INVARIANT}=1 has vLLM compute with Triton kernels, and on a CPU stock vLLM ends "
-            "with a TypeError in its first forward. Leave it away here."
+            f"--invariant: needs a GPU. {INVARIANT}=1 has vLLM compute with Triton kernels, so on a CPU stock vLLM "
+            "ends with a TypeError in its first forward. Leave it away here."
         )
     out = prepare(asked, ("at_once", "per_class") if asked.per_class is not None else ("at_once",))
     settings = settings_for(asked)
