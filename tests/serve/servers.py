@@ -15,6 +15,7 @@ from vllm_orthrus.demo.server import Server, free_port, serve_command
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-orthrus"
 MODEL = "tiny"
+PATIENCE = 900.0  # for a server to come up, on a machine that has other things to do
 OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"),
     *("--max-num-batched-tokens", "1024", "--kv-cache-memory-bytes", str(48 << 20)),
@@ -27,7 +28,10 @@ def drafting(folder: Path, settings: Mapping[str, object] = ONE_PASS, options: S
     port = free_port()
     speculative = {"method": "orthrus", "model": str(TINY / "head")} | dict(settings)
     return Server(
-        serve_command(TINY / "base", port, speculative, [*OPTIONS, *options], MODEL), port, folder / "orthrus.log"
+        serve_command(TINY / "base", port, speculative, [*OPTIONS, *options], MODEL),
+        port,
+        folder / "orthrus.log",
+        PATIENCE,
     )
 
 
@@ -36,7 +40,7 @@ def plain(folder: Path, options: Sequence[str] = ()) -> Server:
     port = free_port()
     variables = {"VLLM_PLUGINS": "none"} | cpu_wheel.variables(folder / "cpu-wheel")
     command = serve_command(TINY / "base", port, None, [*OPTIONS, *options], MODEL)
-    return Server(command, port, folder / "plain.log", variables=variables)
+    return Server(command, port, folder / "plain.log", PATIENCE, variables)
 
 
 def processes(server: Server) -> list[psutil.Process]:

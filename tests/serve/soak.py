@@ -151,7 +151,7 @@ def main() -> int:
     print(f"logs in {folder}", flush=True)
     facts = environment()
     with plain(folder) if settings is None else drafting(folder, settings) as server:
-        found = soak(server, asked.rate, 60 * asked.minutes, run_in=min(60.0, 15 * asked.minutes), every=5.0)
+        found = soak(server, asked.rate, 60 * asked.minutes, run_in=24 * asked.minutes, every=5.0)
     report = reported(found) | {"wrong": []}
     if settings is not None:
         report["wrong"] = wrong(found) + decays(report["slopes_per_minute"], asked.minutes)

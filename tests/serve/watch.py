@@ -16,7 +16,7 @@ from tests.serve.servers import counters, holdings
 from vllm_orthrus.demo.server import Server
 
 SEGMENTS = 10
-RUNNING_IN = 0.2  # of the time, while allocators and learners find their level
+RUNNING_IN = 0.4  # of the time, while allocators and learners find their level
 
 
 class Sample(NamedTuple):

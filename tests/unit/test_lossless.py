@@ -91,9 +91,12 @@ def test_it_is_drawn(text: list[list[int]], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--dtype", "auto"], ["--dtype", "float16"], ["--at-once", "0"], ["--per-class", "0"]]
+    "wrong", [["--dtype", "auto"], ["--dtype", "float16"], ["--at-once", "0"], ["--per-class", "0"], ["--invariant"]]
 )
-def test_wrong_settings_are_named(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_are_named(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     asked = ["bench", "lossless", "--model", "x", "--dataset", "x", "--out", str(tmp_path / "found.json"), *wrong]
     try:
         status: object = main(asked)

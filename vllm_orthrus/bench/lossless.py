@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from vllm_orthrus.bench import plots
@@ -22,6 +23,7 @@ from vllm_orthrus.bench.prompts import Prompt
 from vllm_orthrus.bench.settings import Settings
 from vllm_orthrus.bench.texts import Texts
 from vllm_orthrus.bench.ways import PLAIN
+from vllm_orthrus.errors import UserError
 
 Likeliest = Sequence[Sequence[Sequence[Any]]]  # by answer and place: token and logit, the best first
 
@@ -41,6 +43,11 @@ class Reference(NamedTuple):
 
 
 def run_lossless(asked: argparse.Namespace) -> int:
+    if asked.invariant and not torch.cuda.is_available():
+        raise UserError(
+            f"--invariant: needs a GPU. {INVARIANT}=1 has vLLM compute with Triton kernels, so on a CPU stock vLLM "
+            "ends with a TypeError in its first forward. Leave it away here."
+        )
     out = prepare(asked, ("at_once", "per_class") if asked.per_class is not None else ("at_once",))
     settings = settings_for(asked)
     classes = {kind: prompts[: asked.per_class] for kind, prompts in classes_of(asked).items()}
