@@ -28,7 +28,13 @@ class Quantized:
 def attention(method: Any, bias: bool, rank: int, ranks: int) -> Any:
     weight, offset = torch.randn(HIDDEN, WIDTH), torch.randn(HIDDEN) if bias else None
     o_proj = SimpleNamespace(
-        weight=weight, bias=offset, quant_method=method, tp_rank=rank, tp_size=ranks, output_size=HIDDEN
+        weight=weight,
+        bias=offset,
+        quant_method=method,
+        cpu_linear=linear,
+        tp_rank=rank,
+        tp_size=ranks,
+        output_size=HIDDEN,
     )
     return SimpleNamespace(o_proj=o_proj)
 
