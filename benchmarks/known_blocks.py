@@ -17,7 +17,7 @@ from vllm_orthrus.policy.chances import LOOKED_AT
 from vllm_orthrus.training.reference import Cache, Reference
 from vllm_orthrus.training.views import Rope
 
-WIDTHS = (2, 4, 6, 8, 12, 16)
+WIDTHS = (2, 4, 8, 16)
 
 
 class Sight(NamedTuple):
@@ -25,6 +25,9 @@ class Sight(NamedTuple):
 
     first: int = 0
     last: int | None = None
+
+
+ALL = Sight()
 
 
 class Blocks(NamedTuple):
@@ -39,7 +42,7 @@ class Blocks(NamedTuple):
 
 @torch.inference_mode()
 def draft_everywhere(
-    reference: Reference, cache: Cache, text: Tensor, places: Tensor, width: int, sight: Sight = Sight()
+    reference: Reference, cache: Cache, text: Tensor, places: Tensor, width: int, sight: Sight = ALL
 ) -> Tensor:
     """Hidden states [P, width, d] of the blocks that begin at positions `places` [P] of one text [T] in the cache."""
     ids = torch.full((len(places), width), reference.config.mask_token_id)
@@ -73,9 +76,10 @@ def read_blocks(
     limit: int,
     stop: Sequence[int],
     widths: tuple[int, ...] = WIDTHS,
-    sights: Sequence[Sight] = (Sight(),),
+    sights: Sequence[Sight] = (ALL,),
 ) -> list[Blocks]:
     """For each sight. The answers must go on past their end and past the limit as far as a step may lead."""
+    ended = [next((at for at, token in enumerate(answer[:limit]) if token in stop), limit - 1) for answer in answers]
     block = max(widths)
     places, counts = limit + block, LOOKED_AT
     shape = (len(sights), len(widths), len(prompts), places, block, counts)
@@ -84,12 +88,11 @@ def read_blocks(
         text = torch.tensor([*prompt, *answer])
         cache = reference.new_cache(1, len(text))
         reference.autoregressive(text[None], torch.arange(len(text))[None], cache)
-        where = len(prompt) + torch.arange(places)
+        where = len(prompt) + torch.arange(min(places, ended[row] + 1))  # none is used behind the end
         for (which, sight), (index, width) in itertools.product(enumerate(sights), enumerate(widths)):
             logits = reference.logits(draft_everywhere(reference, cache, text, where, width, sight))
             likely = logits.softmax(-1).topk(counts)
-            tokens[which, index, row, :, :width] = likely.indices.int()
-            probability[which, index, row, :, :width] = likely.values
-    ended = [next((at for at, token in enumerate(answer[:limit]) if token in stop), limit - 1) for answer in answers]
+            tokens[which, index, row, : len(where), :width] = likely.indices.int()
+            probability[which, index, row, : len(where), :width] = likely.values
     told, ends = torch.tensor([list(answer) for answer in answers]), torch.tensor(ended)
     return [Blocks(told, ends, widths, tokens[which], probability[which]) for which in range(len(sights))]

@@ -120,7 +120,14 @@ def replay(blocks: Blocks, way: Way) -> list[list[Step]]:
 
 
 def draft(
-    blocks: Blocks, rows: Tensor, index: Tensor, start: Tensor, offset: Tensor, width: Tensor, places: Tensor, block: int
+    blocks: Blocks,
+    rows: Tensor,
+    index: Tensor,
+    start: Tensor,
+    offset: Tensor,
+    width: Tensor,
+    places: Tensor,
+    block: int,
 ) -> Drafts:
     at = torch.minimum(offset[:, None] + places, width[:, None] - 1)  # [R, K+1]
     tokens = blocks.tokens[index[:, None], rows[:, None], start[:, None], at].long()  # [R, K+1, C+1]
@@ -152,7 +159,9 @@ def foresee(
         chances = torch.where(place < length[..., None] + 1, 1.0, 0.02)
         gained = chances
     else:
-        chances = torch.full((len(rows), block - 1), CHANCE) if how == "fixed" else yields.chances(rows, how != "shared")
+        chances = (
+            torch.full((len(rows), block - 1), CHANCE) if how == "fixed" else yields.chances(rows, how != "shared")
+        )
         chances = chances[:, None].expand(-1, outcomes, -1)
         if how == "foreseen":
             factor = (history.seen + 3) / (history.expected + 3)
