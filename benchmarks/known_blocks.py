@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_orthrus.policy.chances import LOOKED_AT
+from vllm_orthrus.kernels.chances import LOOKED_AT
 from vllm_orthrus.training.reference import Cache, Reference
 from vllm_orthrus.training.views import Rope
 

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from benchmarks.known_blocks import Blocks
 from benchmarks.row_choice import Choice, Outlook, by_rank, drafting_rows, fill, worth
-from vllm_orthrus.kernels.hypotheses import NONE
-from vllm_orthrus.kernels.most_probable import Probable
-from vllm_orthrus.policy.chances import (
+from vllm_orthrus.kernels.chances import (
     Drafts,
     History,
     accept_chances,
@@ -21,6 +19,8 @@ from vllm_orthrus.policy.chances import (
     outcome_chances,
     update_calibration,
 )
+from vllm_orthrus.kernels.hypotheses import NONE
+from vllm_orthrus.kernels.most_probable import Probable
 from vllm_orthrus.training.simulator import Step
 
 CHANCE = 0.8  # of a draft whose predecessors were kept, before anything is known

@@ -3,7 +3,7 @@
 With n(w) drafts in a block of width w and G_a(n) the drafts that the first n of them are expected to yield after the
 outcome "a accepted", a block that is used from row o on is worth
 
-    V(o) * G_a(n(w) - o) / G_a(n(B) - o)        V and B as in policy/chances.py: at full width it is worth V(o)
+    V(o) * G_a(n(w) - o) / G_a(n(B) - o)        V and B as in kernels/chances.py: at full width it is worth V(o)
 
 Filling takes, again and again, what gains most per row: a new block of any width, or more rows for one that is there.
 """
@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_orthrus.kernels import choose
-from vllm_orthrus.kernels.hypotheses import NONE
-from vllm_orthrus.policy.chances import Drafts, block_values
+from vllm_orthrus.kernels.chances import Drafts, block_values
+from vllm_orthrus.kernels.hypotheses import NONE, choose_hypotheses
 
 
 class Outlook(NamedTuple):
@@ -54,7 +53,7 @@ def by_rank(outlook: Outlook, widths: Sequence[int], block: int) -> Choice:
     """The most useful block is as wide as the first of `widths`, and so on."""
     narrow = min(max(widths), block)  # of equal widths, as an engine that is set to blocks of that width has it
     values = block_values(narrow, min(narrow, block - 1), len(widths))
-    chosen = choose.naive(
+    chosen = choose_hypotheses(
         outlook.outcome,
         outlook.bonus,
         outlook.drafts.candidates,

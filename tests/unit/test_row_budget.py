@@ -10,8 +10,8 @@ from benchmarks.known_blocks import Blocks, Sight, draft_everywhere, read_blocks
 from benchmarks.replayed_pass import Way, replay, whole_blocks
 from benchmarks.row_choice import Outlook, by_rank, fill
 from tests.unit.conftest import TINY, make_base, make_reference
+from vllm_orthrus.kernels.chances import Drafts
 from vllm_orthrus.kernels.hypotheses import NONE
-from vllm_orthrus.policy.chances import Drafts
 from vllm_orthrus.training.evaluate import first_per_class, read_prompts
 from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.training.simulator import OnePass
