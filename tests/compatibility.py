@@ -22,9 +22,9 @@ HEAD = """# What goes together with Orthrus
 Made by `make compatibility` from the results of the tests that each row names; don't edit. *Works* means that the text
 is that of the same engine without drafts, token for token in float32, and that drafts were kept. *Refused* means before
 anything is loaded, and the reason is what the engine says. What *vLLM itself refuses*, it refuses for every speculative
-method, or for every engine on a CPU. Where it says *on request*, `ORTHRUS_TEST_THOROUGH=1 make engine` runs the test,
-and `make test` doesn't. Everything ran on the CPU builds. What went wrong in other speculators, and the tests that hold
-it off here, is in [regressions.md](regressions.md).
+method, or for every engine on a CPU. Tests of rows *on request* run with `ORTHRUS_TEST_THOROUGH=1 make engine`, and not
+in `make test`. Everything ran on the CPU builds. What went wrong in other speculators, and the tests that hold it off
+here, is in [regressions.md](regressions.md).
 """
 
 REGRESSIONS_HEAD = """# Bugs of other speculators, held off
