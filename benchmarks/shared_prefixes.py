@@ -4,7 +4,8 @@
 
 Prompts of 320 tokens, of which a part is the same for all and, with caching, is read once and for all. A drafter that
 keeps a cache of its own starts cold behind such a prefix; the diffusion view reads the target's. Greedy, float32, the
-tiny trained model, in two passes and in one. Exit status 1: caching changed a text, or tokens per cycle by over 1 %.
+tiny trained model, in two passes and in one, where it matters a little who reads a prompt beside whom. Exit status 1:
+caching changed a text, or tokens per cycle by over 2 %.
 One process, some minutes.
 """
 
@@ -24,7 +25,7 @@ from tests.engine.trained import OPTIONS, TINY, chat, questions, tokens_per_cycl
 LENGTH, PAGE = 320, 32
 SHARED = (0, 96, 160, 224, 288)  # tokens; the last is 90 %
 ANSWER = 64
-WITHIN = 0.01
+WITHIN = 0.02
 
 
 @dataclass

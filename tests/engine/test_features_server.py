@@ -92,7 +92,16 @@ PARAMETERS = {
         "additionalProperties": False,
     },
 }
-TOOLS: Any = [{"type": "function", "function": {"name": name, "parameters": form}} for name, form in PARAMETERS.items()]
+
+
+def tools(strict: bool) -> Any:
+    """strict: hold arguments to their form, too, which vLLM does only if it is asked to."""
+    return [
+        {"type": "function", "function": {"name": name, "parameters": form, "strict": strict}}
+        for name, form in PARAMETERS.items()
+    ]
+
+
 CALL = '<tool_call>\\n\\{"name": "add", "arguments": \\{"numbers": \\[[0-9]{1,2}, [0-9]{1,2}\\]\\}\\}\\n</tool_call>'
 
 HOW: dict[str, dict[str, Any]] = {
@@ -100,9 +109,9 @@ HOW: dict[str, dict[str, Any]] = {
         "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
     },
     # A model as small as this one calls nothing by itself, so what it writes is bound to the form of a call.
-    "auto": {"tools": TOOLS, "tool_choice": "auto", "extra_body": {"structured_outputs": {"regex": CALL}}},
-    "required": {"tools": TOOLS, "tool_choice": "required"},
-    "named": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "note"}}},
+    "auto": {"tools": tools(False), "tool_choice": "auto", "extra_body": {"structured_outputs": {"regex": CALL}}},
+    "required": {"tools": tools(True), "tool_choice": "required", "parallel_tool_calls": False},
+    "named": {"tools": tools(True), "tool_choice": {"type": "function", "function": {"name": "note"}}},
 }
 
 
@@ -140,7 +149,7 @@ def ask_streaming(server: Server, question: str, how: str) -> Said:
             content += choice.delta.content or ""
             for call in choice.delta.tool_calls or ():
                 name, arguments = calls.get(call.index, ("", ""))
-                calls[call.index] = name + (call.function.name or ""), arguments + (call.function.arguments or "")
+                calls[call.index] = name or call.function.name or "", arguments + (call.function.arguments or "")
     return Said(content or None, list(calls.values()), end)
 
 
