@@ -272,14 +272,14 @@ def main() -> int:
     [blocks] = read_blocks(reference, texts, answers, LIMIT, stop)
     spend_rows(evidence, blocks, [prompt.kind for prompt in prompts])
     long_contexts(evidence)
+    evidence.summary = summarise(evidence)
+    evidence.write()
 
     every = first_per_class(read_prompts(TINY / "heldout.jsonl", tokenizer), args.per_class + args.long_per_class)
     known = [tuple(text) for text in texts]
     behind = [prompt for prompt in every if tuple(prompt.tokens) not in known]
     ended = [answer[: int(end) + 1] for answer, end in zip(answers, blocks.ends, strict=True)]
     narrow_sight(evidence, reference, [*prompts, *behind], ended)
-    evidence.summary = summarise(evidence)
-    evidence.write()
     print(json.dumps(evidence.summary, indent=1))
     return 0
 
