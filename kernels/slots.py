@@ -29,6 +29,6 @@ class Slots(NamedTuple):
 
 
 def require_contiguous_slots(slots: Slots) -> None:
-    parts = slots.hypotheses._asdict() | slots.drafts._asdict() | slots.history._asdict() | slots.calibration._asdict()
-    require_contiguous(**(parts | {"offset": slots.offset, "offset of drafts": slots.drafts.offset}))
-    require_contiguous(sampled=slots.sampled)
+    require_contiguous(offset=slots.offset, sampled=slots.sampled)
+    for part in (slots.hypotheses, slots.drafts, slots.history, slots.calibration):  # some share names
+        require_contiguous(**part._asdict())
