@@ -186,6 +186,7 @@ def test_weights_are_loaded_anew(
         assert again.counts == first.counts
 
 
+@pytest.mark.thorough
 @pytest.mark.feature("KV connectors")
 @both_passes
 def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine
     assert keeps_what_it_drafts(run, passes)
 
 
+@pytest.mark.thorough
 @pytest.mark.feature("prompt embeddings")
 @both_passes
 def test_prompts_as_embeddings(passes: str, start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:

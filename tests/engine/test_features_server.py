@@ -13,7 +13,7 @@ import pytest
 from tests.engine.trained import TINY, questions
 from vllm_orthrus.demo.server import Server, free_port, serve_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 SETTINGS: dict[str, Any] = {
     "method": "orthrus",
