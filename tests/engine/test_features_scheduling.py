@@ -117,7 +117,9 @@ def test_acceptance_behind_a_shared_prefix(passes: str, start: StartEngine) -> N
     with_cache, without = (ask_with_a_shared_prefix(start, passes, caching) for caching in (True, False))
     assert with_cache.tokens == without.tokens
     assert tokens_per_cycle(without) > 2
-    assert tokens_per_cycle(with_cache) == pytest.approx(tokens_per_cycle(without), rel=0.01)
+    # In one pass more of it depends on which requests decode side by side, and cached prompts are read sooner.
+    within = 0.01 if passes == "two" else 0.05
+    assert tokens_per_cycle(with_cache) == pytest.approx(tokens_per_cycle(without), rel=within)
 
 
 FORM = {
