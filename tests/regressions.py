@@ -48,7 +48,7 @@ REGRESSIONS = [
         "Position 32,768 is crossed",
         issues(52873),
         ("engine/test_oracle.py::test_far_positions",),
-        "positions of sixteen bits",
+        "positions and lengths of sixteen bits",
         "engine/test_regressions.py::test_position_32768",
     ),
     Regression(
