@@ -111,3 +111,9 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Reference:
+    """The trained model that is shipped, and its head."""
+    return Reference.from_pretrained(TINY / "base", TINY / "head")

@@ -20,11 +20,6 @@ LIMIT, STOP = 32, [2]
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Reference:
-    return Reference.from_pretrained(TINY / "base", TINY / "head")
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     return [prompt.tokens for prompt in first_per_class(read_prompts(TINY / "heldout.jsonl", tokenizer), 1)][::2]

@@ -22,11 +22,6 @@ NEW_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Reference:
-    return Reference.from_pretrained(TINY / "base", TINY / "head")
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     return [prompt.tokens for prompt in first_per_class(read_prompts(TINY / "heldout.jsonl", tokenizer), 2)]
