@@ -25,8 +25,7 @@ from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
 from vllm_orthrus.policy.kept import KeptBothWays, Outcome
 
 STAY = 1.03  # another mode must promise that much more to be taken
-# Times plain decoding, to begin with drafts and to go on: what seems the best of several seems better than it is.
-LEAVE, REMAIN = 1.1, 1.05
+LEAVE = 1.1  # times plain decoding, to begin with drafts: what seems the best of several seems better than it is
 TRIAL = 3  # verifications of a trial
 SET_ASIDE = 0.02  # of the time of plain steps
 SAVED = 0.5  # of what drafting saves
@@ -86,7 +85,7 @@ class ModePolicy:
             rode = float(self.kept.tokens(requests, rode=True)[-1]) if self.kept.known else 0.0
             gains[self.riding] = rode / seconds[self.riding]
         best = max(self.modes, key=lambda drafts: gains[drafts])
-        if gains[best] < (REMAIN if self.mode and not self.trial else LEAVE) * gains[0]:
+        if gains[best] < (1 if self.mode and not self.trial else LEAVE) * gains[0]:
             best = 0
         if self.trial:
             self.trial -= 1
