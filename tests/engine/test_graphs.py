@@ -9,6 +9,7 @@ import torch
 from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosures, PiecewiseClosures
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
+from vllm_orthrus.engine.graphs import counts_of_requests
 from vllm_orthrus.engine.vllm import CUDAGraphMode
 
 
@@ -24,6 +25,21 @@ def test_every_draft_pass_has_the_smallest_graph_that_holds_it(largest: int) -> 
         assert graph.cg_mode == CUDAGraphMode.FULL
         assert graph.num_reqs == min(count for count in captured if count >= num_reqs)
         assert graph.num_tokens == graph.num_reqs * 32
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 15, 16, 32])
+def test_where_rows_are_dear_few_pad(rows: int) -> None:
+    sizes = [1, 2, 4, *range(8, 129, 8)]
+    counts = counts_of_requests(rows, 128, sizes)
+    assert counts == sorted({*sizes, *counts})
+    for requests in range(1, 129):
+        padding = rows * (min(count for count in counts if count >= requests) - requests)
+        if 64 < requests * rows <= 256:
+            assert padding < max(rows, 16)
+        elif 256 < requests * rows <= 512:
+            assert padding < max(rows, 32)
+        assert padding <= 7 * max(rows, 16)
+    assert rows > 1 or counts == sizes, "plain decoding keeps the sizes that it has by itself"
 
 
 def test_replayed_passes_draft_as_eager_ones(start: StartEngine, oracle_config: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ import pytest
 from tests.rehearsal.gpus import GPUS
 from tests.rehearsal.machines import Ask, machines
 from tests.rehearsal.qwen3 import Loaded, load, verification_graphs
+from vllm_orthrus.policy.cost import Forward, Model, forward_seconds
+from vllm_orthrus.policy.devices import find_device
 
 PAGE = Path(__file__).parents[2] / "docs" / "graphs.md"
 MOST_REQUESTS = 64
@@ -165,10 +167,16 @@ draft passes have them too, whose blocks have a row for each draft. No hypothese
 ## How many there are
 
 vLLM's sizes, {len(one.captured)} here, count tokens. Of verifications of fewer drafts than the most they count
-requests, so that plain decoding has the graphs that it has by itself, and modes with more rows have fewer. *By size*:
-what there would be if vLLM planned them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`.
+requests, so that plain decoding has the graphs that it has by itself. *By size*: what there would be if vLLM planned
+them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`. Where rows take their time, there are
+more between vLLM's sizes, as requests that only fill a graph are computed like others. How long a capture of all
+takes, and the memory it keeps, was not measured yet.
 
-{graphs_table(found)}"""
+{graphs_table(found)}
+By the roofline of `vllm_orthrus/policy/cost.py`, milliseconds of a cycle of two passes with {one.modes[-1]} drafts at
+2K of context: its drafts padded to vLLM's sizes, as they are here, and not at all.
+
+{padding_table(one)}"""
 
 
 def serving_table(found: dict[str, Serving]) -> str:
@@ -245,6 +253,26 @@ def graphs_table(found: dict[str, Serving]) -> str:
         for gpu, serving in found.items()
     ]
     return markdown(["GPU", *kinds, "together", "by size", "fixed"], rows)
+
+
+def padding_table(serving: Serving) -> str:
+    """What the draft pass is padded to counts; attention has nothing to do for such rows, and no part in that."""
+    rows: list[list[Any]] = []
+    for gpu in ("H200", "A100", "RTX 4090"):
+        device, model = find_device(gpu), Model()
+        for requests in (5, 9, 12, 17, 20):
+            ours = serving.batches[requests - 1].drafts.requests or requests
+            padded = [next(size for size in (1, 2, 4, *range(8, 72, 8)) if size >= requests), ours, requests]
+            seconds = [
+                device.step
+                + forward_seconds(device, model, Forward(requests, 2048, verified=serving.verified))
+                + forward_seconds(
+                    device, model, Forward(count, 2048 * requests / count, 0, serving.block, serving.verified)
+                )
+                for count in padded
+            ]
+            rows.append([gpu, requests, *(f"{1000 * one:.1f}" for one in seconds), f"{seconds[0] / seconds[1]:.2f}"])
+    return markdown(["GPU", "requests", "vLLM's sizes", "here", "not padded", "times as fast"], rows)
 
 
 def describe(graph: Graph, more: str = "") -> str:

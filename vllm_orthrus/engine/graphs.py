@@ -25,9 +25,8 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
     def _init_candidates(self) -> None:
         if not self.cudagraph_mode:
             return
-        counts = [count for count in (1, 2, 4, *range(8, self.largest, 8)) if count < self.largest]
         for width in self.widths:
-            plan_graphs(self, width, (*counts, self.largest))
+            plan_graphs(self, width, counts_of_requests(width, self.largest, (1, 2, 4, *range(8, self.largest, 8))))
 
     def find(self, num_reqs: int, width: int) -> BatchExecutionDescriptor:
         """The smallest graph that holds so many requests, or a descriptor that says that there is none."""
@@ -60,6 +59,24 @@ class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
         return graph if graph in self.graphs and graph.num_reqs == num_reqs else None
 
 
+# Rows that cost next to nothing, as weights take longer to read; and from one graph to the next, up to so many rows.
+CHEAP_ROWS, STEPS = 64, ((256, 16), (512, 32))
+
+
+def counts_of_requests(rows: int, most: int, sizes: Iterable[int]) -> list[int]:
+    """For which a forward with so many rows for each has graphs. sizes: that there are, whatever rows a request has.
+
+    vLLM's sizes go from 8 to 16 to 24. With a row for each request that costs nothing; a block of 16 for each of 9
+    requests, padded to 16 of them, would be 112 rows dearer.
+    """
+    counts, above = {min(size, most) for size in sizes} | {most}, CHEAP_ROWS
+    for up_to, step in STEPS:
+        each = 2 ** (max(1, step // rows).bit_length() - 1)
+        counts |= {count for count in range(each, most, each) if above < count * rows <= up_to}
+        above = up_to
+    return sorted(counts)
+
+
 def plan_graphs(manager: CudaGraphManager, rows: int, counts: Iterable[int]) -> None:
     """Of forwards with so many rows for each request. counts: of requests, ascending."""
     planned = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
@@ -82,8 +99,8 @@ def plan_graphs(manager: CudaGraphManager, rows: int, counts: Iterable[int]) -> 
 def plan_modes(manager: CudaGraphManager, modes: Iterable[int]) -> None:
     """Graphs of whole verifications of fewer drafts than the most, beside those that vLLM has planned for the most.
 
-    vLLM's sizes count tokens. Here they count requests: as many graphs as plain decoding has by itself, and fewer the
-    more rows a request has. Sizes of tokens would give every mode as many as plain decoding.
+    vLLM's sizes count tokens. Here they count requests, with some between where a request has many rows. Sizes of
+    tokens would give every mode as many as plain decoding.
     """
     mode, sizes = manager.cudagraph_mode, manager.compilation_config.cudagraph_capture_sizes
     if not (sizes and mode.separate_routine() and mode.decode_mode() == CUDAGraphMode.FULL):
@@ -91,4 +108,4 @@ def plan_modes(manager: CudaGraphManager, modes: Iterable[int]) -> None:
     for rows in (drafts + 1 for drafts in modes):
         most = min(manager.max_num_reqs, max(sizes) // rows)
         if most and rows != manager.decode_query_len:
-            plan_graphs(manager, rows, sorted({min(size, most) for size in sizes}))
+            plan_graphs(manager, rows, counts_of_requests(rows, most, sizes))
