@@ -8,6 +8,8 @@
 # make soak MINUTES=30    mixed traffic on a real server, and whether it is afterwards what it was before
 # make vllm-tests   vLLM's own tests, with stock vLLM and with our method
 # make compatibility    what goes together with Orthrus, asked of both vLLMs; renews docs/compatibility.md
+# make docs     the documentation as a site, in runs/site
+# make reference    what the documentation says of settings and patches, from the code
 # make lint, unit, kernels, rehearsal, engine, engine-newer, serve-tests    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +22,7 @@ SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs
 ENV = env
 NEW = newer
 
-.PHONY: demo serve quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
+.PHONY: demo serve docs reference quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
 .PHONY: serve-tests soak vllm-tests compatibility gpu-check engine-check clean
 
 demo: env
@@ -87,6 +89,12 @@ compatibility: newer
 	$(TEST) tests/engine -m feature --features benchmarks/evidence
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine -m feature --features benchmarks/evidence
 	$(RUN) tests.compatibility
+
+reference: env
+	$(VENV)/bin/python scripts/reference_pages.py
+
+docs: env
+	$(RUN) mkdocs build --strict
 
 # Needs only PyTorch and Triton, so on a bare image it runs with the Python that has those.
 gpu-check:

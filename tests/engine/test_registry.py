@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from scripts.reference_pages import patches_page
+from scripts.site_pages import ROOT
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus import patches
 from vllm_orthrus.patches.registry import Patch, State, apply_all, is_property, literals, locate, takes
@@ -181,3 +183,7 @@ def test_vllm_without_the_method_is_vllm_without_the_plugin(tiny: Checkpoints, t
         assert lines, done.stderr[-4000:]
         results.append(json.loads(lines[0].removeprefix("RESULT")))
     assert results[0] == results[1]
+
+
+def test_the_documentation_lists_every_patch() -> None:
+    assert (ROOT / "docs" / "patches.md").read_text() == patches_page(), "make reference"

@@ -1,0 +1,49 @@
+"""Hooks of mkdocs: pages that stand outside docs/, and links that lead out of the site.
+
+README.md, CONTRIBUTING.md and CHANGELOG.md are pages, too. Links are written as they work in a checkout; those to pages
+are turned into the site's, and of those to other files only the words stay. A link to nothing is an error.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    return for_site(markdown, page.file.src_uri)
+
+
+def for_site(markdown: str, page: str) -> str:
+    """page: its path in the site."""
+    origin = next((source for source, name in PAGES.items() if name == page), f"docs/{page}")
+
+    def turned(match: re.Match[str]) -> str:
+        image, words, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match.group()
+        path, _, anchor = target.partition("#")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
+        if not (ROOT / path).exists():
+            raise ValueError(f"{origin} links to {target}, and there is no {path}. Mend the link.")
+        inside = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if inside is None:
+            return words
+        to = posixpath.relpath(inside, posixpath.dirname(page) or ".")
+        return f"{image}[{words}]({to}{'#' + anchor if anchor else ''})"
+
+    return LINK.sub(turned, markdown)
