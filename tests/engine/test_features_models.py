@@ -165,6 +165,8 @@ def speaks_as_without_drafts(start: StartEngine, passes: str, base: Path, least:
 )
 @pytest.mark.parametrize("passes", ["one", "two"])
 def test_quantized_target(passes: str, name: str, start: StartEngine, tmp_path: Path) -> None:
+    if name == "int8" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM multiplies eight bits by this CPU's matrix tiles, and then neither by float32 nor by float16")
     # The kernel for four bits knows no float32.
     dtype = "float16" if name == "int4" else "float32"
     speaks_as_without_drafts(start, passes, quantize(tmp_path / name, name), least=2.5, dtype=dtype)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
-from tests.engine.harness import Engine, Run, prompts
+from tests.engine.harness import Counts, Engine, Run, prompts
+from tests.engine.subprocesses import result_of
 from tests.engine.trained import OPTIONS, TINY, chat, questions, texts, tokens_per_cycle, trained_head
 
 Start = Callable[..., Engine]
@@ -28,8 +28,11 @@ def by_passes(tiny: Checkpoints, passes: str) -> dict[str, Any]:
 
 
 def keeps_what_it_drafts(run: Run, passes: str) -> bool:
+    return keeps(run.counts, passes)
+
+
+def keeps(counts: Counts, passes: str) -> bool:
     """All of it with a head that copies the base; some of it in one pass, where a block has to be foreseen."""
-    counts = run.counts
     return 0 < counts.accepted == counts.drafted if passes == "two" else 0 < counts.accepted < counts.drafted
 
 
@@ -188,43 +191,65 @@ def test_weights_are_loaded_anew(
         assert again.counts == first.counts
 
 
-@pytest.mark.thorough
+CONNECTED = """
+import json, sys
+from pathlib import Path
+from tests.engine.harness import Engine
+
+base, speculative, store, given = map(json.loads, sys.argv[1:])
+stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+engine = Engine(
+    Path(base),
+    speculative,
+    max_num_batched_tokens=1024,
+    kv_transfer_config=stored | {"kv_connector_extra_config": {"shared_storage_path": store}},
+)
+run = engine.run(given, 32 if speculative else 1)
+print("RESULT" + json.dumps([run.tokens, run.counts, run.cached_tokens]))
+"""
+
+
 @pytest.mark.feature("KV connectors")
 @both_passes
 def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
     """One engine stores the cache of its prompts, and another drafts over it without having read them."""
-    stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    options = {
-        "max_num_batched_tokens": 1024,
-        "kv_transfer_config": stored | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path)}},
-    }
     given = prompts(5, shortest=100)
-    expected = plain.run(given, 32).tokens  # before the engines are closed that it shares its process groups with
-    storing = Engine(tiny.base, None, **options)
-    storing.run(given, 1)
-    storing.close()  # a process has one connector at a time
-    drafting = Engine(tiny.base, by_passes(tiny, passes), **options)
-    try:
-        run = drafting.run(given, 32)
-    finally:
-        drafting.close()
-    assert run.cached_tokens > 60 * len(given)
-    assert run.tokens == expected
-    assert keeps_what_it_drafts(run, passes)
+
+    def connected(speculative: dict[str, Any] | None) -> Any:
+        """In a process of its own, which has one connector at a time."""
+        return result_of(tmp_path, CONNECTED, str(tiny.base), speculative, str(tmp_path / "store"), given)
+
+    connected(None)
+    tokens, counts, cached_tokens = connected(by_passes(tiny, passes))
+    assert cached_tokens > 60 * len(given)
+    assert tokens == plain.run(given, 32).tokens
+    assert keeps(Counts(*counts), passes)
 
 
-@pytest.mark.thorough
+EMBEDDED = """
+import json, sys
+from pathlib import Path
+import torch
+from vllm import SamplingParams
+from tests.engine import checkpoints
+from tests.engine.harness import Engine
+
+base, speculative, given = map(json.loads, sys.argv[1:])
+engine = Engine(Path(base), speculative, max_num_batched_tokens=512, enable_prompt_embeds=True)
+table = checkpoints.base_tensors()["model.embed_tokens.weight"]
+greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
+embedded = [{"prompt_embeds": table[torch.tensor(tokens)]} for tokens in given]
+said = [list(output.outputs[0].token_ids) for output in engine.llm.generate(embedded, greedy, use_tqdm=False)]
+mixed = engine.run(given, 32)
+print("RESULT" + json.dumps([said, mixed.tokens, mixed.counts]))
+"""
+
+
 @pytest.mark.feature("prompt embeddings")
 @both_passes
-def test_prompts_as_embeddings(passes: str, start: StartEngine, tiny: Checkpoints, plain: Engine) -> None:
+def test_prompts_as_embeddings(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
     """Of tokens, so that they must be answered as the tokens are."""
-    engine = start(by_passes(tiny, passes), max_num_batched_tokens=512, enable_prompt_embeds=True)
-    given, table = prompts(5, shortest=20), checkpoints.base_tensors()["model.embed_tokens.weight"]
-    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
-    embedded: list[Any] = [{"prompt_embeds": table[torch.tensor(tokens)]} for tokens in given]
-    outputs = engine.llm.generate(embedded, greedy, use_tqdm=False)
-    expected = plain.run(given, 32).tokens
-    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
-    mixed = engine.run(given, 32)
-    assert mixed.tokens == expected
-    assert keeps_what_it_drafts(mixed, passes)
+    given = prompts(5, shortest=20)
+    said, mixed, counts = result_of(tmp_path, EMBEDDED, str(tiny.base), by_passes(tiny, passes), given)
+    assert said == mixed == plain.run(given, 32).tokens
+    assert keeps(Counts(*counts), passes)

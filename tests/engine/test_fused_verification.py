@@ -185,6 +185,8 @@ def test_as_exact_as_the_backend(
     dtype: str, start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interpreted, our kernel keeps softmax weights in float32, which on a GPU are rounded to the values' type."""
+    if dtype == "bfloat16" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM packs a cache in bfloat16 for this CPU's matrix tiles, and no kernel of ours reads that")
     engine = start(fused(tiny, orthrus_hypotheses=1), dtype=dtype, max_num_seqs=2)
     layers = engine.runner.speculator.drafting.one_pass.attention.blocks.layers
     errors = Errors(layers, kernel_attention.dual_view_attention)

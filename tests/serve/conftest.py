@@ -17,7 +17,10 @@ FEW_BLOCKS = ("--kv-cache-memory-bytes", str(12 << 20))
 # Seconds that a server which is told to stop may take for what it has begun. By default vLLM takes none, and lets its
 # clients wait; so it may if this time is over before they have their answers.
 LAST_WORDS = 120
-OPTIONS = (*FEW_BLOCKS, "--shutdown-timeout", str(LAST_WORDS))
+OPTIONS = (
+    *FEW_BLOCKS,
+    *("--shutdown-timeout", str(LAST_WORDS), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
