@@ -209,6 +209,7 @@ print("RESULT" + json.dumps([run.tokens, run.counts, run.cached_tokens]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.feature("KV connectors")
 @both_passes
 def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
@@ -245,6 +246,7 @@ print("RESULT" + json.dumps([said, mixed.tokens, mixed.counts]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.feature("prompt embeddings")
 @both_passes
 def test_prompts_as_embeddings(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
