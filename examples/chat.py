@@ -38,13 +38,13 @@ TOOL = {
 
 
 class Chat:
-    def __init__(self, url: str, tokens: int) -> None:
+    def __init__(self, url: str, parameters: dict[str, Any]) -> None:
         self.client = openai.OpenAI(base_url=url, api_key="none")
         self.asked: dict[str, Any] = {
             "model": self.client.models.list().data[0].id,
             "temperature": 0,
-            "max_tokens": tokens,
-        }
+            "max_tokens": 128,
+        } | parameters
 
     def stream(self) -> str:
         """Several tokens come at once where drafts are kept."""
@@ -89,11 +89,11 @@ def main() -> None:
     ways = ["stream", "turns", "form", "tools"]
     parser.add_argument("ways", nargs="*", metavar="way", help=f"{', '.join(ways)} (default: all)")
     parser.add_argument("--url", default="http://localhost:8000/v1")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--parameters", type=json.loads, default={}, metavar="JSON", help="of every request")
     args = parser.parse_args()
     if unknown := set(args.ways) - set(ways):
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(ways)}")
-    chat = Chat(args.url, args.tokens)
+    chat = Chat(args.url, args.parameters)
     for way in args.ways or ways:
         print(f"{way}: {getattr(chat, way)()}")
 

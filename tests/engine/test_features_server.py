@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.engine.trained import TINY, questions
+from tests.serve.servers import FEW_BLANKS
 from vllm_orthrus.demo.server import Server, free_port, serve_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
@@ -110,8 +111,17 @@ HOW: dict[str, dict[str, Any]] = {
     },
     # A model as small as this one calls nothing by itself, so what it writes is bound to the form of a call.
     "auto": {"tools": tools(False), "tool_choice": "auto", "extra_body": {"structured_outputs": {"regex": CALL}}},
-    "required": {"tools": tools(True), "tool_choice": "required", "parallel_tool_calls": False},
-    "named": {"tools": tools(True), "tool_choice": {"type": "function", "function": {"name": "note"}}},
+    "required": {
+        "tools": tools(True),
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        **FEW_BLANKS,
+    },
+    "named": {
+        "tools": tools(True),
+        "tool_choice": {"type": "function", "function": {"name": "note"}},
+        **FEW_BLANKS,
+    },
 }
 
 

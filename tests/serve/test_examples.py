@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from examples.chat import FORM, TOOL
-from tests.serve.servers import TINY
+from tests.serve.servers import FEW_BLANKS, TINY
 from vllm_orthrus.demo.server import Server
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -33,9 +33,9 @@ def test_offline() -> None:
 
 
 def test_chat(server: Server) -> None:
-    answers = dict(
-        line.split(": ", 1) for line in run("chat.py", "--url", f"{server.url}/v1").splitlines() if ": " in line
-    )
+    parameters = json.dumps(FEW_BLANKS)
+    said = run("chat.py", "--url", f"{server.url}/v1", "--parameters", parameters)
+    answers = dict(line.split(": ", 1) for line in said.splitlines() if ": " in line)
     assert answers["stream"] and answers["turns"]
     jsonschema.validate(json.loads(answers["form"]), FORM)
     call = re.fullmatch(r"add\((.*)\)", answers["tools"])
