@@ -84,10 +84,10 @@ class Kept:
             self.own[:, row] = 0
             self.free.append(row)
 
-    def expected(self, requests: Sequence[Hashable]) -> tuple[Array, Array]:
+    def expected(self, requests: Sequence[Hashable], prior: float = PRIOR) -> tuple[Array, Array]:
         """[requests, K] drafts kept of so many, and [requests, 1] from how many drafts that is known."""
         tried, rejected, expected = self.own[:, [self.row.get(request, 0) for request in requests]][..., None]
-        factor = (rejected + PRIOR) / (expected + PRIOR)
+        factor = (rejected + prior) / (expected + prior)
         chance = np.clip(1 - (1 - self.chance()) * factor, LEAST, SUREST)  # [requests, K]
         return chance.cumprod(1).cumsum(1), tried + OTHERS * self.tried.sum()
 
@@ -129,10 +129,10 @@ class KeptBothWays:
         self.alone.drop(request)
         self.riding.drop(request)
 
-    def tokens(self, requests: Sequence[Hashable], rode: bool) -> Array:
+    def tokens(self, requests: Sequence[Hashable], rode: bool, prior: float = PRIOR) -> Array:
         """[K + 1], expected of one step with so many drafts, of all these requests together."""
-        alone, seen_alone = self.alone.expected(requests)
-        riding, seen_riding = self.riding.expected(requests)
+        alone, seen_alone = self.alone.expected(requests, prior)
+        riding, seen_riding = self.riding.expected(requests, prior)
         mine, other = (riding, alone * self.share) if rode else (alone, riding / self.share)
         seen_mine, seen_other = (seen_riding, seen_alone) if rode else (seen_alone, seen_riding)
         total = seen_mine + seen_other

@@ -13,6 +13,10 @@ nothing is known are a reason for one; without any, each failure doubles the tim
 even for text that is easily foreseen is not tried. The other way round, a few steps now and then say what other modes
 take, plain decoding above all, and what they give, lest drafting go on by a wrong idea of that.
 
+Where reading the weights is what takes time, drafting with a pass of its own at most doubles a step. On CPUs, and in
+large batches, it takes several times as long, and so much is lost by drafts that are made in vain: the dearer they
+are, the less is spent on trials, and the sooner a request's own rejections count for more than what others kept.
+
 Nothing here knows of an engine: the host calls `choose` before a step, `verified` and `observe` behind it.
 """
 
@@ -22,7 +26,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
-from vllm_orthrus.policy.kept import KeptBothWays, Outcome
+from vllm_orthrus.policy.kept import PRIOR, KeptBothWays, Outcome
 
 STAY = 1.03  # another mode must promise that much more to be taken
 LEAVE = 1.1  # times plain decoding, to begin with drafts: what seems the best of several seems better than it is
@@ -30,6 +34,8 @@ TRIAL = 3  # verifications of a trial
 SET_ASIDE = 0.02  # of the time of plain steps
 SAVED = 0.5  # of what drafting saves
 MOST = 3  # trials that may be paid for in advance
+TWICE = 2.0  # plain steps: what reading all weights twice takes, where nothing else matters. What takes longer is dear
+WARY, WARIEST = 2.0, 0.2  # by so much for each plain step more, down to so much
 LONGEST = 4  # times the price of a trial, for requests that are known
 CHEAP = 1.1  # a trial takes as many drafts as cost little more than the fewest
 SOON = 24  # steps with drafts after which a mode is timed that never was; and plain steps, again
@@ -78,12 +84,13 @@ class ModePolicy:
     def choose(self, requests: Sequence[Hashable], context: float) -> int:
         """context: cached positions of a request, on average."""
         seconds = self.clock.seconds(len(requests), context, self.modes)
-        tokens = self.kept.tokens(requests, rode=False)
-        gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
         self.riding = self.modes[-1] if self.rides(len(requests)) else None
+        daring = self._daring(seconds)
+        tokens = self.kept.tokens(requests, rode=False, prior=PRIOR * daring)
+        gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
         if self.riding is not None:
-            rode = float(self.kept.tokens(requests, rode=True)[-1]) if self.kept.known else 0.0
-            gains[self.riding] = rode / seconds[self.riding]
+            rode = self.kept.tokens(requests, rode=True, prior=PRIOR * daring)[-1] if self.kept.known else 0.0
+            gains[self.riding] = float(rode) / seconds[self.riding]
         best = max(self.modes, key=lambda drafts: gains[drafts])
         if gains[best] < (1 if self.mode and not self.trial else LEAVE) * gains[0]:
             best = 0
@@ -99,18 +106,23 @@ class ModePolicy:
             self.purse = price if price < math.inf else 0.0
         if self.mode:
             saved = seconds[self.mode] * (gains[self.mode] / gains[0] - 1)
-            self.purse += SAVED * max(0.0, saved)
+            self.purse += SAVED * daring * max(0.0, saved)
         else:
             self.purse += SET_ASIDE * seconds[0]
             if self.purse >= price * (1 if self._many_new(requests) else self.patience):
                 self.purse -= price
                 self.mode, self.trial = self._tried(seconds), TRIAL + 1  # the first step verifies none
-        self.purse = min(self.purse, MOST * price if self.mode else LONGEST * price)
+        self.purse = min(self.purse, max(1.0, MOST * daring) * price if self.mode else LONGEST * price)
         return self._timed(len(requests), context, seconds, gains)
 
     def _tried(self, seconds: dict[int, float]) -> int:
         passes = [drafts for drafts in self.modes[1:] if drafts != self.riding] or list(self.modes[1:])
         return max(drafts for drafts in passes if seconds[drafts] <= CHEAP * min(map(seconds.__getitem__, passes)))
+
+    def _daring(self, seconds: dict[int, float]) -> float:
+        """1 where rows cost next to nothing."""
+        dear = seconds[self._tried(seconds)] / seconds[0] - TWICE
+        return min(1.0, max(WARIEST, 1 - WARY * dear))
 
     def _price(self, seconds: dict[int, float]) -> float:
         """Of a trial whose drafts are all lost."""
