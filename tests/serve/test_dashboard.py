@@ -45,7 +45,7 @@ def test_the_file_is_current() -> None:
 def test_all_that_is_asked_for_is_counted(server: Server, soaked: Soaked) -> None:
     names = {sample.name for sample in server.metrics("vllm:")}
     asked = {name for query in shown() + alerts() for name in re.findall(r"vllm:\w+", query)}
-    assert len(asked) > 20 and asked <= names
+    assert len(asked) >= 20 and asked <= names
 
 
 @pytest.fixture(scope="module")
