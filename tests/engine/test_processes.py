@@ -1,6 +1,13 @@
 """Across processes: spawned engine cores and workers, tensor parallelism, and the HTTP server."""
 
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +114,52 @@ def test_one_pass_on_two_ranks(
     assert tokens == expected
     assert counts == on_one_rank
     assert agree(counts[0], counts[2], counted, requests=4), "both ranks count, and one of them is to be heard"
+
+
+SKEWED = """
+import json, os, sys
+from tests.engine.harness import Engine
+if __name__ == "__main__":
+    model, speculative, other = map(json.loads, sys.argv[1:])
+    # Processes that are started from here on find another version first.
+    os.environ["PYTHONPATH"] = os.pathsep.join([other, os.environ["PYTHONPATH"]])
+    try:
+        Engine(model, speculative)
+        print("RESULT", json.dumps("started"))
+    except Exception as error:
+        print("RESULT", json.dumps(repr(error)))
+"""
+
+
+def other_version(folder: Path) -> Path:
+    """This package's metadata, but for the version."""
+    (real,) = distributions(name="vllm-orthrus")
+    copied = folder / "vllm_orthrus-9.9.9.dist-info"
+    copied.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        text = real.read_text(name)
+        assert text is not None
+        (copied / name).write_text(re.sub(r"(?m)^Version: .*$", "Version: 9.9.9", text))
+    return folder
+
+
+def test_workers_with_another_version_are_named(tiny: Checkpoints, copying: dict[str, Any], tmp_path: Path) -> None:
+    """A process of the engine runs another release of the plugin: it says so, with both versions and its node."""
+    other = tmp_path / "other"
+    other.mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(SKEWED)
+    arguments = (str(tiny.base), copying, str(other_version(other)))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    command = [sys.executable, str(script), *map(json.dumps, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "RESULT" in done.stdout and "started" not in done.stdout
+    said = done.stdout + done.stderr
+    assert f"node {socket.gethostname()} has vllm-orthrus 9.9.9 and vLLM" in said, said[-3000:]
+    assert f"the engine was configured with vllm-orthrus {version('vllm-orthrus')} and vLLM" in said
 
 
 @pytest.fixture(scope="module", params=[1, 2])

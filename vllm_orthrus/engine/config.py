@@ -13,6 +13,7 @@ from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from vllm_orthrus.engine.skew import versions_here
 from vllm_orthrus.heads import HeadConfig, is_folder, open_head, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
@@ -118,6 +119,9 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     orthrus_drafting_rows: int | None = field(default=None, init=False)
     """Filled in from the head: how many rows of a block were taught to predict."""
+
+    orthrus_versions: dict[str, str | None] = field(default_factory=versions_here, init=False)
+    """Filled in: what is installed where the engine is configured. Workers compare it with what they find."""
 
     def __post_init__(self) -> None:
         # vLLM's own __post_init__ resolves a draft model by a closed list of methods. Orthrus has none to resolve.

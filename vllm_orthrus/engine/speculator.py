@@ -32,6 +32,7 @@ from vllm_orthrus.engine.onepass.drafting import OnePassDrafting
 from vllm_orthrus.engine.rotation import rotate_nothing
 from vllm_orthrus.engine.sampler import DraftSampler
 from vllm_orthrus.engine.settings import DraftShape
+from vllm_orthrus.engine.skew import refuse_others
 from vllm_orthrus.engine.twopass import TwoPasses
 from vllm_orthrus.engine.view import DiffusionView
 from vllm_orthrus.engine.vllm import (
@@ -55,6 +56,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
     drafting: Drafting
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        refuse_others(vllm_config.speculative_config.orthrus_versions)
         super().__init__(vllm_config, device)
         self.shape = DraftShape.of(vllm_config)
         self.num_query_per_req = self.shape.block  # bounds vLLM's profile run

@@ -1,0 +1,32 @@
+"""The same versions in every process: a worker with others is named before it loads anything."""
+
+import socket
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from vllm_orthrus.patches.versions import installed_vllm
+
+Versions = dict[str, str | None]
+
+
+def versions_here() -> Versions:
+    try:
+        ours = version("vllm-orthrus")
+    except PackageNotFoundError:  # run from a checkout that is merely on the path
+        ours = None
+    return {"vllm-orthrus": ours, "vLLM": installed_vllm()}
+
+
+def refuse_others(configured: Versions) -> None:
+    """configured: where the engine was configured, which is not where its workers run."""
+    here = versions_here()
+    if here == configured:
+        return
+    raise ValueError(
+        f"node {socket.gethostname()} has {_said(here)} in {sys.prefix}, and the engine was configured with "
+        f"{_said(configured)}. Install the same there: all processes of an engine need the same versions."
+    )
+
+
+def _said(versions: Versions) -> str:
+    return " and ".join(f"{name} {found or 'of no version'}" for name, found in versions.items())
