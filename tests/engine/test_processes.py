@@ -2,12 +2,11 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import distributions, version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +132,10 @@ if __name__ == "__main__":
 
 def other_version(folder: Path) -> Path:
     """This package's metadata, but for the version."""
-    (real,) = distributions(name="vllm-orthrus")
     copied = folder / "vllm_orthrus-9.9.9.dist-info"
     copied.mkdir()
-    for name in ("METADATA", "entry_points.txt"):
-        text = real.read_text(name)
-        assert text is not None
-        (copied / name).write_text(re.sub(r"(?m)^Version: .*$", "Version: 9.9.9", text))
+    (copied / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-orthrus\nVersion: 9.9.9\n")
+    (copied / "entry_points.txt").write_text(distribution("vllm-orthrus").read_text("entry_points.txt") or "")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -21,29 +22,53 @@ class Finding(NamedTuple):
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("doctor", help="check versions, plugin, patches, and the head for a model")
+    parser = subparsers.add_parser(
+        "doctor", help="check versions, plugin, patches, the head for a model, and a cluster"
+    )
     parser.add_argument("model", nargs="?", help="a base model: also say which head serves it")
     parser.add_argument("--head", help="the head to check for MODEL, instead of the one it resolves to")
     parser.add_argument("--revision", help="of the head")
+    parser.add_argument(
+        "--cluster",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="also ask every node of a Ray cluster (default: the one that runs here)",
+    )
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
     parser.add_argument("--explain", action="store_true", help="say why each patch exists and when it can go")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 if any is red."""
-    red = False
     sections = [("Versions", _versions()), ("Plugin", _plugin()), ("Patches", _patches(args.explain))]
     if args.model:
         sections.append((f"Head for {args.model}", _head(args.model, args.head, args.revision)))
+    if args.cluster:
+        sections.append((f"Nodes of the Ray cluster {args.cluster}", _nodes(args.cluster)))
+    told: dict[str, list[Finding]] = {}
     for title, findings in sections:
-        print(title)
+        if not args.json:
+            print(title)
+        told[title] = []
         for finding in findings:
-            red |= finding.verdict == "RED"
-            print(f"  {finding.verdict:<4}  {finding.subject:<28} {finding.found}")
-            if finding.advice:
-                print(f"        -> {finding.advice}")
-    print("Something above is red." if red else "Ready to serve.")
+            told[title].append(finding)
+            if not args.json:
+                _print(finding)
+    red = any(finding.verdict == "RED" for findings in told.values() for finding in findings)
+    if args.json:
+        found = {title: [finding._asdict() for finding in findings] for title, findings in told.items()}
+        print(json.dumps({"ready": not red, "found": found}, indent=1))
+    else:
+        print("Something above is red." if red else "Ready to serve.")
     return int(red)
+
+
+def _print(finding: Finding) -> None:
+    print(f"  {finding.verdict:<4}  {finding.subject:<28} {finding.found}")
+    if finding.advice:
+        print(f"        -> {finding.advice}")
 
 
 def _versions() -> Iterator[Finding]:
@@ -165,3 +190,12 @@ def _head(model: str, head: str | None, revision: str | None) -> Iterator[Findin
         yield Finding(verdict, "weights", str(nonsense), "convert or train the head anew")
     for warning in warnings:
         yield Finding("note", "fit", "differs", warning)
+
+
+def _nodes(address: str) -> Iterator[Finding]:
+    from vllm_orthrus.cli.cluster import asked_there, nodes_of
+
+    here = asked_there()()
+    for node in nodes_of(address):
+        advice = node.differs(here)
+        yield Finding("RED" if advice else "ok", node.name, str(node), advice)
