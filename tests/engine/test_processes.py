@@ -91,7 +91,7 @@ def on_one_rank(
 ) -> Any:
     tokens, counts, counted = generate(tmp_path_factory.mktemp("one"), tiny.base, one_pass, ONE_PASS_OPTIONS)
     assert tokens == expected
-    assert agree(counts[0], counts[2], counted, requests=4)
+    assert agree(counts[0], counts[2], counted, requests=4), (counts, counted)
     return counts
 
 
