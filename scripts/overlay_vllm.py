@@ -17,7 +17,6 @@ import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-
 # What a newer vLLM's servers import and an older one did not require. All else that is new is for GPUs.
 ALSO = ("orjson>=3.11.6",)
 
