@@ -19,8 +19,11 @@ from tests.engine.harness import prompts
 from tests.engine.subprocesses import result_of
 from vllm_orthrus.demo.server import Server, serving
 from vllm_orthrus.patches.metrics import METRICS
+from vllm_orthrus.patches.versions import vllm_is
 
 pytestmark = pytest.mark.slow
+
+LAST_STEPS = int(vllm_is(">=0.33"))  # of a request that may draft nothing
 
 ONE_PASS_OPTIONS = {"max_num_batched_tokens": 512}
 
@@ -75,11 +78,15 @@ def one_pass(tiny: Checkpoints) -> dict[str, Any]:
 
 
 def agree(steps: int, accepted: int, counted: dict[str, int], requests: int) -> bool:
-    """Whether one-pass drafting's counts fit together, and fit vLLM's."""
+    """Whether one-pass drafting's counts fit together, and fit vLLM's.
+
+    vLLM 0.33 drafts nothing in a step that ends all its requests, so that verification carries nothing.
+    """
+    new = counted["verifications"] + counted["draft_passes"]
     return (
         counted["hits"] + counted["accepted_count_missed"] + counted["bonus_missed"] == counted["verifications"]
         # New drafts come of each prompt and of each verification: of what it carried, or of a pass of their own.
-        and counted["verifications"] + counted["draft_passes"] == steps + requests
+        and steps + requests - LAST_STEPS * requests <= new <= steps + requests
         and 0 < counted["verifications"] <= counted["tokens"] <= steps + accepted
         and counted["rows"] > 2 * counted["tokens"]
     )
@@ -203,7 +210,7 @@ def test_server_and_metrics(server: Server) -> None:
     first, counted = server.draft_counters(), one_pass_counters(server)
     assert agree(first.cycles, first.accepted, counted, requests=4)
     # One request at a time: no step reads prompts beside others.
-    assert counted["tokens"] == first.cycles + first.accepted
+    assert 0 <= first.cycles + first.accepted - counted["tokens"] <= LAST_STEPS * 4 * 16
     assert 0 < first.accepted < first.drafted
     assert counted["draft_passes"] == 4
     assert all(counted.values()), "something was never counted"
