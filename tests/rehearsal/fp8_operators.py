@@ -1,6 +1,10 @@
 """What vLLM's CUDA library has for products in fp8, by definition and for any device. For a process where a GPU is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 PACK = 32 // 8  # weights of eight bits in a word of Marlin's
 
@@ -40,3 +44,21 @@ def quantize_rows(x: Any, *_: Any, **options: Any) -> tuple[Any, Any]:
 
 def repack(b: Any, k: int, n: int, bits: int, is_a_8bit: bool) -> Any:
     return b.new_empty(k // 16, n * 16 // PACK)
+
+
+@contextmanager
+def products_in_fp8(launched: list[str]) -> Iterator[None]:
+    """Notes each rounding of inputs, and each product."""
+    from vllm import _custom_ops
+
+    def noted(name: str, call: Any) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            launched.append(name)
+            return call(*args, **kwargs)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_custom_ops, "scaled_fp8_quant", noted("scaled_fp8_quant", quantize_rows))
+        patch.setattr(_custom_ops, "cutlass_scaled_mm", noted("cutlass_scaled_mm", _custom_ops.cutlass_scaled_mm))
+        yield
