@@ -1,14 +1,15 @@
 """Tokens per cycle with a head as it was trained, and with one in fp8, by class of prompt.
 
-    python -m benchmarks.quantized_head [--each N] [--dtype D] [--out FILE]
+    python -m benchmarks.quantized_head [--passes two one] [--each N] [--dtype D] [--out FILE]
 
-The tiny trained model in the engine, greedy, all drafts in every step, in two passes and in one, and three heads:
+The tiny trained model in the engine, greedy, all drafts in every step, and three heads:
 
     as trained
     fp8                      weights rounded; what GPUs below compute capability 8.9 compute, and CPUs
     fp8, and its inputs      rounded row by row, as those from 8.9 on do before a product
 
-Exit status 1: fp8 changed a text, or tokens per cycle of a class by more than 3 %. One process, some minutes.
+Exit status 1: fp8 changed a text, or tokens per cycle of a class by more than 3 %. One process, some minutes; in one
+pass many, where there is no GPU.
 """
 
 import argparse
@@ -75,13 +76,14 @@ def by_class(each: int) -> dict[str, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", nargs="+", choices=("two", "one"), default=["two"])
     parser.add_argument("--each", type=int, default=40, help="questions of each class")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=FOLDER / "quantized-head-tiny.json")
     args = parser.parse_args()
     classes, wrong = by_class(args.each), []
     found = Found(args.out, environment(), {"each": args.each, "dtype": args.dtype, "tokens": LENGTH})
-    for passes in tqdm(("two", "one"), desc="passes"):
+    for passes in tqdm(args.passes, desc="passes"):
         runs = {head: ask(passes, head, classes, args.dtype) for head in tqdm(HEADS, desc="heads", leave=False)}
         rates = {kind: {head: round(runs[head][kind][1], 4) for head in HEADS} for kind in classes}
         found.tokens_per_cycle[passes] = rates

@@ -159,3 +159,19 @@ def test_nonsense_in_scales(value: float, said: str, tmp_path: Path) -> None:
     damaged(tmp_path / "fp8", **{SCALE: torch.full((48, 1), value)})
     open_head(tmp_path / "fp8").check_complete()
     assert said in str(find_nonsense(open_head(tmp_path / "fp8").tensors()))
+
+
+# What was measured
+
+
+def test_the_page_says_what_was_measured() -> None:
+    """By `python -m benchmarks.quantized_head`: every class within 3 %, and not the same."""
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "heads.md").read_text()
+    found = json.loads((root / "benchmarks" / "evidence" / "quantized-head-tiny.json").read_text())
+    for kind, rates in found["tokens_per_cycle"]["two"].items():
+        before, *rounded = rates.values()
+        changes = [rate / before - 1 for rate in rounded]
+        assert 0 < max(map(abs, changes)) < 0.03
+        cells = " | ".join(f"{rate:.3f} ({change:+.1%})" for rate, change in zip(rounded, changes, strict=True))
+        assert f"| {kind} | {before:.3f} | {cells} |" in page
