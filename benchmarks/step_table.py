@@ -1,8 +1,9 @@
 """What a step takes by the cost model, for docs/one-pass.md: with the launches there are, and with those there were.
+And for docs/heads.md: with a head in bf16, and with one in fp8.
 
     python -m benchmarks.step_table
 
-Qwen3-8B and its head in bf16, one request, all 15 drafts. Nothing of it was measured on one of these devices.
+Qwen3-8B in bf16, one request, all 15 drafts. Nothing of it was measured on one of these devices.
 """
 
 from collections.abc import Iterator
@@ -43,5 +44,21 @@ def table() -> Iterator[str]:
             yield f"| {name} | {context // 1024}K | {1e3 * plain:.2f} | {' | '.join(cells)} |"
 
 
+def quantized() -> Iterator[str]:
+    yield f"| device | context | {' | '.join(WAYS)} |"
+    yield "|---" * (2 + len(WAYS)) + "|"
+    for name in NAMES:
+        for context in CONTEXTS:
+            cells = []
+            for mode in WAYS.values():
+                before, after = (
+                    step_seconds(DEVICES[name], MODEL._replace(head_weight_bytes=size), mode, 1, context)
+                    for size in (2, 1)
+                )
+                cells.append(f"{1e3 * before:.2f} → {1e3 * after:.2f}, {1 - after / before:.1%} less")
+            yield f"| {name} | {context // 1024}K | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     print("\n".join(table()))
+    print("\n".join(quantized()))

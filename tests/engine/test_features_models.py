@@ -19,11 +19,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from vllm.model_executor.kernels.linear.scaled_mm import cpu as cpu_kernels
 
 from tests.engine.conftest import StartEngine
 from tests.engine.harness import prompts
 from tests.engine.trained import OPTIONS, TINY, chat, questions, tokens_per_cycle, trained_head
 from vllm_orthrus.heads import HeadConfig, base_tensor_name, expected_tensors, save_head
+from vllm_orthrus.heads.quantize import quantize as quantize_rows
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
@@ -82,6 +84,7 @@ def test_tied_embeddings(family: str, start: StartEngine, tmp_path: Path) -> Non
     drafts_as_it_speaks(start, *write(tmp_path, family, tie_word_embeddings=True))
 
 
+FAST_FP8 = "CPUFp8ChannelWiseScaledMMLinearKernel"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GROUP = 64
 
@@ -107,6 +110,13 @@ def four_bits(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same in E4M3."""
+    stored, scale = quantize_rows(weight)
+    return {"weight": stored, "weight_scale": scale}
+
+
+FLOATS = {"num_bits": 8, "type": "float", "symmetric": True}
 FORMATS: dict[
     str, tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], str, dict[str, Any], dict[str, Any] | None]
 ] = {
@@ -115,6 +125,12 @@ FORMATS: dict[
         "int-quantized",
         {"num_bits": 8, "strategy": "channel"},
         {"num_bits": 8, "strategy": "token", "type": "int", "symmetric": True, "dynamic": True},
+    ),
+    "fp8": (
+        fp8,
+        "float-quantized",
+        {**FLOATS, "strategy": "channel"},
+        {**FLOATS, "strategy": "token", "dynamic": True},
     ),
     "int4": (four_bits, "pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None),
 }
@@ -133,7 +149,7 @@ def quantize(folder: Path, name: str) -> Path:
             tensors[full] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    weights = weights | {"type": "int", "symmetric": True, "dynamic": False}
+    weights = {"type": "int", "symmetric": True, "dynamic": False} | weights
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
@@ -147,13 +163,15 @@ def quantize(folder: Path, name: str) -> Path:
 
 
 def speaks_as_without_drafts(start: StartEngine, passes: str, base: Path, least: float, **options: Any) -> None:
-    """least: tokens per cycle, with a head that was trained for the base as it was before."""
+    """least: tokens per cycle, with a head that was trained for the base as it was before, and with that in fp8."""
     plain = start(None, base, **OPTIONS | options)
     given = [chat(plain, question) for question in questions(2)]
     expected = plain.run(given, 48)
-    drafted = start(trained_head(passes), base, **OPTIONS | options).run(given, 48)
-    assert drafted.tokens == expected.tokens
-    assert tokens_per_cycle(drafted) > least
+    for quantization in (None, "fp8"):
+        head = trained_head(passes, orthrus_head_quantization=quantization)
+        drafted = start(head, base, **OPTIONS | options).run(given, 48)
+        assert drafted.tokens == expected.tokens
+        assert tokens_per_cycle(drafted) > least
 
 
 @pytest.mark.parametrize(
@@ -161,12 +179,15 @@ def speaks_as_without_drafts(start: StartEngine, passes: str, base: Path, least:
     [
         pytest.param("int8", marks=pytest.mark.feature("int8 targets (compressed-tensors, W8A8)")),
         pytest.param("int4", marks=pytest.mark.feature("int4 targets (compressed-tensors, W4A16)")),
+        "fp8",
     ],
 )
 @pytest.mark.parametrize("passes", ["one", "two"])
 def test_quantized_target(passes: str, name: str, start: StartEngine, tmp_path: Path) -> None:
     if name == "int8" and torch.cpu._is_amx_tile_supported():
         pytest.skip("vLLM multiplies eight bits by this CPU's matrix tiles, and then neither by float32 nor by float16")
-    # The kernel for four bits knows no float32.
-    dtype = "float16" if name == "int4" else "float32"
+    if name == "fp8" and not (torch.cpu._is_amx_tile_supported() and hasattr(cpu_kernels, FAST_FP8)):
+        pytest.skip("this vLLM has no kernel for fp8 on this CPU but PyTorch's, which takes minutes for a prompt")
+    # The kernels for four bits and for fp8 know no float32.
+    dtype = {"int8": "float32", "int4": "float16", "fp8": "bfloat16"}[name]
     speaks_as_without_drafts(start, passes, quantize(tmp_path / name, name), least=2.5, dtype=dtype)

@@ -165,6 +165,19 @@ def test_workers_with_another_version_are_named(tiny: Checkpoints, copying: dict
     assert f"the engine was configured with vllm-orthrus {version('vllm-orthrus')} and vLLM" in said
 
 
+@pytest.mark.feature("tensor parallelism")
+def test_a_head_in_fp8_on_two_ranks(tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    """Scales are of whole rows, also of the projection whose rows are cut: both ranks know the head of a single one."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    settings = one_pass | {"orthrus_head_quantization": "fp8"}
+    alone = generate(tmp_path / "one", tiny.base, settings, ONE_PASS_OPTIONS)
+    both = generate(tmp_path / "two", tiny.base, settings, {"tensor_parallel_size": 2} | ONE_PASS_OPTIONS)
+    assert both == alone
+    assert alone[0] == expected
+    assert alone[1][2] > 0
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def server(
     tiny: Checkpoints,

@@ -9,10 +9,13 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
+
+from tests.rehearsal import fp8_operators
 
 KIB, GIB = 2**10, 2**30
 
@@ -112,10 +115,12 @@ def _answer_for_libraries() -> None:
     for name in LIBRARIES:
         sys.modules[name] = ModuleType(name)
     CpuPlatform.import_kernels()
-    for kind in ("fp8", "block_fp8", "fp4"):
+    # Of these the one that a head in fp8 needs is there in full.
+    for kind, least in (("fp8", 89), ("block_fp8", None), ("fp4", None)):
         operator = f"_C::cutlass_scaled_mm_supports_{kind}"
         torch.library.define(operator, "(int capability) -> bool")
-        torch.library.impl(operator, "CompositeExplicitAutograd", lambda capability: False)
+        torch.library.impl(operator, "CompositeExplicitAutograd", partial(_is_at_least, least))
+    fp8_operators.define()
     passes = Path(vllm.__file__).parent / "compilation" / "passes"  # they list what they might replace
     for file in passes.rglob("*.py"):
         for name, overload in re.findall(r"torch\.ops\._C\.(\w+)(?:\.(out))?", file.read_text()):
@@ -123,3 +128,7 @@ def _answer_for_libraries() -> None:
                 torch.library.define(f"_C::{name}", "() -> ()")
             if overload and overload not in getattr(torch.ops._C, name).overloads():
                 torch.library.define(f"_C::{name}.{overload}", "() -> ()")
+
+
+def _is_at_least(least: int | None, capability: int) -> bool:
+    return least is not None and capability >= least

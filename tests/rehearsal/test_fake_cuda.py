@@ -24,8 +24,8 @@ def cache_of(runner: Any, blocks: int) -> Any:
     return config
 
 
-def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
-    """Launches of each stage, with `options` of the engine's."""
+def start(fault: str | None = None, settings: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Launches of each stage, with `settings` of the head's and `options` of the engine's."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.config.compilation import CUDAGraphMode
@@ -34,13 +34,14 @@ def start(fault: str | None = None, **options: Any) -> dict[str, Any]:
     from vllm.v1.worker.workspace import init_workspace_manager
 
     from tests.rehearsal.fake_cuda import fake_cuda
+    from tests.rehearsal.fp8_operators import products_in_fp8
 
     # Nothing is compiled: a compiler would trace through tensors that are traced already.
-    config = configure(enforce_eager=True, hf_overrides={"num_hidden_layers": LAYERS}, **options)
+    config = configure(settings, enforce_eager=True, hf_overrides={"num_hidden_layers": LAYERS}, **options)
     stages: dict[str, Any] = {}
     with set_current_vllm_config(config):
         meet()
-        with fake_cuda() as launched:
+        with fake_cuda() as launched, products_in_fp8(launched):
 
             def stage(name: str) -> None:
                 stages[name] = dict(Counter(launched))
@@ -86,6 +87,16 @@ def test_every_stage_on_cuda(ask: Ask) -> None:
     each = dict.fromkeys(("_norm_rotate_kernel", "_attend_kernel", "_merge_kernel"), LAYERS)
     assert stages["draft"] == stages["one pass"] == each
     assert {"_attend_kernel", "_merge_kernel"}.isdisjoint(stages["profile"]), "there is no cache yet"
+
+
+def test_a_head_in_fp8_on_cuda(ask: Ask) -> None:
+    """Of each layer two inputs are rounded by vLLM's own kernel, and all else is launched as ever."""
+    stages = ask("H200", start, None, {"orthrus_head_quantization": "fp8"})
+    plain = ask("H200", start)
+    more = dict.fromkeys(("scaled_fp8_quant", "cutlass_scaled_mm"), 2 * LAYERS)
+    assert more.keys().isdisjoint(plain["draft"])
+    assert stages["draft"] == plain["draft"] | more
+    assert stages["one pass"] == plain["one pass"] | more
 
 
 def complaint(fault: str) -> str:

@@ -1,6 +1,7 @@
 """What is foretold of hardware that is not at hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--base", "Qwen/Qwen3-8B", "--device", "H200", "rtx4090", "--json", str(file)]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said and "estimated, nothing was run" in said
+    assert main(["plan", "--base", "Qwen/Qwen3-8B", "--device", "H200", "--head-quantization", "fp8"]) == 0
+    in_fp8 = capsys.readouterr().out
+    assert "base in bf16 and head in fp8" in in_fp8
+    before, after = (float(re.findall(r"([\d.]+) GB of weights", text)[0]) for text in (said, in_fp8))
+    assert before - after == pytest.approx(1.5, abs=0.11)
     found = json.loads(file.read_text())
     assert {one["text"] for one in found} == set(PUBLISHED["Qwen3-8B"])
     assert all(one["gain"] >= 1 for one in found)

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from benchmarks.step_table import MODEL, table
+from benchmarks.step_table import MODEL, quantized, table
 from vllm_orthrus.policy import cost
 from vllm_orthrus.policy.cost import Mode, step_seconds
 from vllm_orthrus.policy.devices import DEVICES
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "one-pass.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = (DOCS / "one-pass.md").read_text()
 
 
 def counted(what: str, column: int) -> int:
@@ -18,6 +19,7 @@ def counted(what: str, column: int) -> int:
 
 def test_the_page_has_the_table() -> None:
     assert "\n".join(table()) in PAGE, "python -m benchmarks.step_table"
+    assert "\n".join(quantized()) in (DOCS / "heads.md").read_text()
 
 
 def test_launches_of_the_model_are_those_that_were_counted() -> None:

@@ -23,13 +23,18 @@ def add_parser(subparsers: Any) -> None:
     extract.add_argument("--base", help="the stock base it belongs to, where the checkpoint doesn't say")
     extract.add_argument("--base-revision")
     extract.add_argument("--revision", help="of the merged checkpoint")
-    extract.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="convert the weights")
+    extract.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="convert the weights, quantized ones too"
+    )
     extract.set_defaults(run=run_extract)
 
-    convert = tools.add_parser("convert", help="merge a head and its base into one checkpoint (published layout)")
+    convert = tools.add_parser(
+        "convert", help="merge a head and its base into one checkpoint (published layout), quantize a head, or both"
+    )
     convert.add_argument("head", help="folder or repository of a head")
     convert.add_argument("output", type=Path)
-    convert.add_argument("--base", type=Path, required=True, help="folder of the base")
+    convert.add_argument("--base", type=Path, help="folder of the base to merge with")
+    convert.add_argument("--quantize", choices=("fp8",), help="the head's projections, with a scale per output channel")
     convert.add_argument("--revision")
     convert.set_defaults(run=run_convert)
 
@@ -56,6 +61,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     head = open_head(options.head, options.revision)
     shapes = head.shapes()
     numbers = sum(math.prod(shape) for shape in shapes.values())
+    stored = {"fp8": "projections in fp8 (E4M3), a scale per output channel"}
     shape, config = head.config.shape, head.config
     resolved = resolve_head(config.base.name) if config.base.name else None
     facts = {
@@ -66,6 +72,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         "shape": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, vocabulary {shape.vocab_size}",
         "tensors": f"{len(shapes)}, {numbers / 1e6:.2f} M parameters",
+        "quantization": stored[config.quantization] if config.quantization else "none",
         "found by name": f"{config.base.name} -> {resolved}" if resolved else "no: give it as `model` when serving",
     }
     for name, fact in facts.items():
@@ -99,11 +106,19 @@ def run_extract(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    from vllm_orthrus.heads import open_head
-    from vllm_orthrus.heads.convert import merge_head
+    from vllm_orthrus.heads import HeadError, open_head
+    from vllm_orthrus.heads.convert import merge_head, quantize_head
 
-    merge_head(open_head(options.head, options.revision), options.base, options.output)
-    print(f"{options.output}: {options.base} with {options.head}")
+    if options.base is None and options.quantize is None:
+        raise HeadError("nothing to convert to: give --base to merge with it, --quantize fp8, or both.")
+    head = open_head(options.head, options.revision)
+    form = f" in {options.quantize}" if options.quantize else ""
+    if options.base is None:
+        quantize_head(head, options.output, options.quantize)
+        print(f"{options.output}: {options.head}{form}")
+    else:
+        merge_head(head, options.base, options.output, options.quantize)
+        print(f"{options.output}: {options.base} with {options.head}{form}")
     return 0
 
 

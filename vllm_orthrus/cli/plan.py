@@ -15,6 +15,7 @@ def add_parser(subparsers: Any) -> None:
     plan.add_argument("--context", type=int, nargs="+", default=[2048, 16384])
     plan.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     plan.add_argument("--tensor-parallel-size", type=int, default=1)
+    plan.add_argument("--head-quantization", choices=("fp8",), help="of the head's projections")
     plan.add_argument(
         "--tokens-per-cycle", type=float, nargs="+", help="measured ones, with 15 drafts, instead of what was published"
     )
@@ -28,13 +29,20 @@ def run(options: argparse.Namespace) -> int:
 
     name, model = _model(options.base)
     model = model.share(_ranks(options, model))
+    if options.head_quantization:
+        model = model._replace(head_weight_bytes=1)
     if options.tokens_per_cycle:
         _positive(options.tokens_per_cycle)
         texts = {f"{tokens:g} a cycle": chance_of(tokens, 15) for tokens in options.tokens_per_cycle}
     else:
         published = PUBLISHED.get(name, PUBLISHED["Qwen3-8B"])
         texts = {kind: chance_of(tokens) for kind, tokens in published.items()}
-    print(f"{name}, base and head in bf16, by the roofline: estimated, nothing was run.")
+    form = (
+        f"base in bf16 and head in {options.head_quantization}"
+        if options.head_quantization
+        else "base and head in bf16"
+    )
+    print(f"{name}, {form}, by the roofline: estimated, nothing was run.")
     if not options.tokens_per_cycle:
         of = name if name in PUBLISHED else "Qwen3-8B, for want of figures for this one"
         print(f"Acceptance as published for {of}.")

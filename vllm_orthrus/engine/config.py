@@ -13,6 +13,7 @@ from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from vllm_orthrus.engine.quantization import why_not_here
 from vllm_orthrus.engine.skew import versions_here
 from vllm_orthrus.heads import HeadConfig, is_folder, open_head, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
@@ -43,7 +44,7 @@ _GIVEN_BY_VLLM = ("target_model_config", "target_parallel_config", "draft_model_
 _NOT_OURS: dict[str, str] = {
     "parallel_drafting": "an Orthrus block is always drafted in parallel; leave it out",
     "use_heterogeneous_vocab": "the model drafts for itself, so there is one vocabulary; leave it out",
-    "quantization": "the head runs in the target's dtype; leave it out",
+    "quantization": "it would be a draft model's; set orthrus_head_quantization for the head",
     "kv_cache_dtype": "the head reads the target's cache; set --kv-cache-dtype for both",
     "attention_backend": "the head reads the target's cache; set --attention-backend for the target",
     "max_model_len": "the head drafts up to the target's limit; set --max-model-len",
@@ -111,6 +112,12 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     hypotheses, so each prefix is read twice. "fused": our kernel takes both in one launch and reads it once; needs
     "kernel" attention over full, causal layers. Verified logits then round as our kernel does."""
 
+    orthrus_head_quantization: Literal["fp8"] | None = None
+    """"fp8": the head's projections in eight bits, with a scale for each output channel, so that a forward streams half
+    as many bytes of them. They are quantized while loading, unless the head's checkpoint is; unset, they stay as that
+    is. GPUs that multiply fp8 (compute capability 8.9) round activations as well, row by row, as vLLM does elsewhere;
+    older ones widen the weights in the product. On CPUs weights are rounded all the same, but no byte is saved."""
+
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
@@ -130,6 +137,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self._check_load_format()
         head = self._find_head()
         self._fit_block(head)
+        self._choose_quantization(head)
         self._check_table()
         wanted_form()  # refuses what it does not know before any worker asks
         self._choose_passes()
@@ -215,6 +223,19 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             _logger().warning("%s", warning)
         checkpoint.check_complete()
         return checkpoint.config
+
+    def _choose_quantization(self, head: HeadConfig) -> None:
+        asked = self.orthrus_head_quantization
+        self.orthrus_head_quantization = chosen = asked or head.quantization
+        reason = why_not_here(chosen, self.target_model_config.dtype) if chosen else None
+        if reason is None:
+            return
+        otherwise = "leave it out"
+        if head.quantization is not None:
+            otherwise = f"give the head unquantized, as `vllm-orthrus head extract {self.model} ... --dtype` writes it"
+        raise ValueError(
+            f"orthrus_head_quantization={chosen!r} cannot be had here: {reason}. Change that, or {otherwise}."
+        )
 
     @property
     def made_up(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_orthrus.engine.quantization import keeps_eight_bits
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.errors import UserError
 from vllm_orthrus.policy.clock import Costs
@@ -43,6 +44,7 @@ def model_of(vllm_config: Any) -> Model:
     computed = float(model.dtype.itemsize)
     quantization = str(model.quantization or "").lower()
     stored = next((size for name, size in _STORED if name in quantization), computed)
+    eight_bits = vllm_config.speculative_config.orthrus_head_quantization is not None and keeps_eight_bits()
     cached = 1.0 if str(vllm_config.cache_config.cache_dtype).startswith("fp8") else computed
     whole = Model(
         text.num_hidden_layers,
@@ -53,7 +55,7 @@ def model_of(vllm_config: Any) -> Model:
         model.get_head_size(),
         text.vocab_size,
         stored,
-        computed,
+        1.0 if eight_bits else computed,
         cached,
     )
     return whole.share(vllm_config.parallel_config.tensor_parallel_size)

@@ -16,6 +16,7 @@ from vllm import ir
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
@@ -32,7 +33,8 @@ def unfused_ops(*models: nn.Module) -> dict[CustomOp, Forward]:
     modules: Iterable[nn.Module] = (module for model in models for module in model.modules())
     if current_platform.is_cuda():
         current_platform.import_ir_kernels()
-        return {op: op.forward_cuda for op in modules if isinstance(op, SiluAndMul | RotaryEmbedding)}
+        ops = (op for module in modules for op in (module, _quantizer_of_inputs(module)))
+        return {op: op.forward_cuda for op in ops if isinstance(op, SiluAndMul | RotaryEmbedding | QuantFP8)}
     if current_platform.is_cpu():
         return {op: forward for op in modules if (forward := _on_a_cpu(op)) is not None}
     return {}
@@ -52,6 +54,13 @@ def fused(ops: Mapping[CustomOp, Forward]) -> Iterator[None]:
     finally:
         for op in ops:
             del vars(op)["forward"]
+
+
+def _quantizer_of_inputs(linear: Any) -> Any:
+    """Of a layer whose product is in fp8: its kernel has one, which no module holds."""
+    holders = (getattr(linear, name, None) for name in ("scheme", "quant_method"))
+    kernels = (getattr(holder, "fp8_linear", None) for holder in holders)
+    return next((op for kernel in kernels if (op := getattr(kernel, "quant_fp8", None)) is not None), None)
 
 
 def _on_a_cpu(op: Any) -> Forward | None:

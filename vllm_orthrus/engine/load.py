@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_orthrus.engine.quantization import keeps_eight_bits
 from vllm_orthrus.engine.view import DiffusionView
 from vllm_orthrus.engine.vllm import (
     VllmConfig,
@@ -13,7 +14,7 @@ from vllm_orthrus.engine.vllm import (
     set_current_vllm_config,
     set_default_torch_dtype,
 )
-from vllm_orthrus.heads import BaseShape, Nonsense, find_nonsense, open_head
+from vllm_orthrus.heads import BaseShape, Nonsense, dequantized, find_nonsense, open_head, quantized
 
 logger = init_logger("vllm.orthrus")
 
@@ -21,23 +22,32 @@ logger = init_logger("vllm.orthrus")
 def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> DiffusionView:
     config, model_config = vllm_config.speculative_config, vllm_config.model_config
     shape = BaseShape.from_config(model_config.hf_text_config)
+    quantization = config.orthrus_head_quantization
+    kept = quantization if keeps_eight_bits() else None
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype), device:
-        view = DiffusionView(shape, target)
+        view = DiffusionView(shape, target, kept)
     if config.made_up:
         for parameter in view.parameters():
             initialize_single_dummy_weight(parameter)
     else:
         head = open_head(config.model, config.revision, config.head_cache)
-        view.load_weights(head.tensors())
-        nonsense = find_nonsense(view.named_parameters())
+        tensors = head.stored()
+        if quantization is not None and head.config.quantization is None:
+            # Whole, before ranks take their shares, and by what converts a head: the same weights come of both.
+            tensors = quantized((name, tensor.to(device)) for name, tensor in tensors)
+        if quantization is not None and kept is None:
+            tensors = dequantized(tensors)
+        view.load_weights(tensors)
+        nonsense = find_nonsense(dequantized(view.named_parameters()))
         _warn_of_nonsense(nonsense, config.model)
         view.drafts_nothing = nonsense.drafts_nothing
     # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
     size = sum(parameter.nbytes for parameter in view.parameters())
     process_weights_after_loading(view, model_config, device)
     logger.info(
-        "Orthrus head %s: %.2f GiB on this rank, all else is the target's. Blocks of %d rows give %d drafts.",
+        "Orthrus head %s%s: %.2f GiB on this rank, all else is the target's. Blocks of %d rows give %d drafts.",
         config.model,
+        f" in {quantization}" if kept else f" rounded to {quantization}" if quantization else "",
         size / 2**30,
         config.orthrus_block_size,
         config.num_speculative_tokens,

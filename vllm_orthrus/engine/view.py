@@ -11,25 +11,32 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.fused_ops import fused, unfused_ops
+from vllm_orthrus.engine.quantization import for_linear_layers
 from vllm_orthrus.engine.rotation import projected, rotate, rotates_plainly
-from vllm_orthrus.heads import BaseShape, HeadError, expected_tensors, tensor_place
+from vllm_orthrus.heads import BaseShape, HeadError, Quantization, expected_tensors, tensor_place
 
 
 class DiffusionAttention(nn.Module):
     """The second attention of one layer: its own projections and norms, the target's rotary embedding."""
 
-    def __init__(self, shape: BaseShape, target: Any, prefix: str) -> None:
+    def __init__(self, shape: BaseShape, target: Any, prefix: str, quantization: Quantization | None) -> None:
         super().__init__()
+        quant_config = for_linear_layers(quantization)
         self.qkv_proj = QKVParallelLinear(
             shape.hidden_size,
             shape.head_dim,
             shape.num_heads,
             shape.num_kv_heads,
             bias=shape.qkv_bias,
+            quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
-            shape.num_heads * shape.head_dim, shape.hidden_size, bias=shape.o_bias, prefix=f"{prefix}.o_proj"
+            shape.num_heads * shape.head_dim,
+            shape.hidden_size,
+            bias=shape.o_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
         )
         self.q_norm = self.k_norm = None
         self.eps = target.q_norm.variance_epsilon if shape.qk_norm else 0.0
@@ -71,12 +78,13 @@ class DiffusionView(nn.Module):
 
     drafts_nothing = False  # the head's weights are such that no draft can come of them
 
-    def __init__(self, shape: BaseShape, target: Any) -> None:
+    def __init__(self, shape: BaseShape, target: Any, quantization: Quantization | None = None) -> None:
+        """quantization: of the projections' weights, as they are loaded."""
         super().__init__()
         self._target = (target,)  # a tuple is no submodule
-        self.shape = shape
+        self.shape, self.quantization = shape, quantization
         self.layers = nn.ModuleList(
-            DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}")
+            DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}", quantization)
             for index, layer in enumerate(target.model.layers)
         )
         self._unfused = unfused_ops(target, self.layers)
@@ -117,7 +125,7 @@ class DiffusionView(nn.Module):
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Fill this rank's shards. Raises unless exactly the head's tensors come by."""
-        missing = set(expected_tensors(self.shape))
+        missing = set(expected_tensors(self.shape, self.quantization is not None))
         for name, tensor in tensors:
             missing.remove(name)
             layer, part, kind = tensor_place(name)

@@ -19,6 +19,7 @@ from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import WEIGHTS, WEIGHTS_INDEX, is_folder, open_files
 from vllm_orthrus.heads.locate import BUILTIN_HEADS, HEAD_MAP_VARIABLE, resolve_head
 from vllm_orthrus.heads.nonsense import Nonsense, find_nonsense
+from vllm_orthrus.heads.quantize import QUANTIZATIONS, Quantization, dequantized, quantized
 from vllm_orthrus.heads.store import save_head, write_json, write_tensors
 from vllm_orthrus.heads.tensors import (
     NORMS,
@@ -35,6 +36,7 @@ __all__ = [
     "HEAD_MAP_VARIABLE",
     "NORMS",
     "PROJECTIONS",
+    "QUANTIZATIONS",
     "WEIGHTS",
     "WEIGHTS_INDEX",
     "BaseRef",
@@ -43,14 +45,17 @@ __all__ = [
     "HeadConfig",
     "HeadError",
     "Nonsense",
+    "Quantization",
     "base_fingerprint",
     "base_tensor_name",
+    "dequantized",
     "expected_tensors",
     "find_nonsense",
     "is_folder",
     "is_head_tensor",
     "open_files",
     "open_head",
+    "quantized",
     "read_head_config",
     "resolve_head",
     "save_head",

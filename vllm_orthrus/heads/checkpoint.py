@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_orthrus.heads.config import HeadConfig, Layout, layout_of
+from vllm_orthrus.heads.config import QUANTIZATION, HeadConfig, Layout, layout_of
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import open_files, open_tensors
-from vllm_orthrus.heads.tensors import check_tensors, is_head_tensor
+from vllm_orthrus.heads.quantize import dequantized
+from vllm_orthrus.heads.tensors import SCALE, check_tensors, is_head_tensor, is_projection
 
 DTYPES = ("BF16", "F16", "F32")
+EIGHT_BITS = "F8_E4M3"
 
 
 class HeadCheckpoint(NamedTuple):
@@ -26,7 +28,11 @@ class HeadCheckpoint(NamedTuple):
     files: Mapping[str, Path]
 
     def tensors(self, device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        """Every head tensor, one at a time, from just the shards that hold any."""
+        """Every head tensor by its value, one at a time; quantized ones in float32."""
+        return dequantized(self.stored(device))
+
+    def stored(self, device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Every head tensor as it is in the files, from just the shards that hold any."""
         by_file: dict[Path, list[str]] = {}
         for name, path in self.files.items():
             by_file.setdefault(path, []).append(name)
@@ -42,17 +48,27 @@ class HeadCheckpoint(NamedTuple):
             with open_tensors(path) as shard:
                 for name in (name for name, file in self.files.items() if file == path):
                     tensor = shard.get_slice(name)
-                    if tensor.get_dtype() not in DTYPES:
-                        raise HeadError(
-                            f"{path}: {name} is stored as {tensor.get_dtype()}, and a head's weights are one of "
-                            f"{', '.join(DTYPES)}. Convert the head."
-                        )
+                    self._check_dtype(path, name, tensor.get_dtype())
                     found[name] = tuple(tensor.get_shape())
         return found
 
+    def _check_dtype(self, path: Path, name: str, found: str) -> None:
+        quantization = self.config.quantization
+        allowed: tuple[str, ...] = DTYPES
+        if quantization is not None and is_projection(name):
+            allowed = (EIGHT_BITS,)
+        elif name.endswith(f".{SCALE}"):
+            allowed = ("F32",)
+        if found not in allowed:
+            says = f"says {QUANTIZATION}={quantization!r}" if quantization else f"has no {QUANTIZATION}"
+            raise HeadError(
+                f"{path}: {name} is stored as {found}; where config.json {says}, it must be {' or '.join(allowed)}. "
+                "Convert the head anew."
+            )
+
     def check_complete(self) -> None:
         """Raise unless exactly the tensors that this head's base calls for are there, as floats and in their shapes."""
-        check_tensors(self.shapes(), self.config.shape, self.source)
+        check_tensors(self.shapes(), self.config.shape, self.source, self.config.quantization is not None)
 
 
 def open_head(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> HeadCheckpoint:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 from vllm_orthrus.heads.base import ARCHITECTURES, BaseShape, base_fingerprint, rope_settings
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.locate import BUILTIN_HEADS
+from vllm_orthrus.heads.quantize import QUANTIZATIONS, Quantization
 
 Layout = Literal["merged", "head-only"]
 
-_MERGED_ONLY = ("block_size", "mask_token_id", "auto_map", "use_cache")  # what merging adds to a base's config
+# Not vLLM's `quantization_config`, which in a merged checkpoint would speak of the base.
+QUANTIZATION = "head_quantization"
+_MERGED_ONLY = (
+    "block_size",
+    "mask_token_id",
+    "auto_map",
+    "use_cache",
+    QUANTIZATION,
+)  # what merging adds to a base's config
 
 
 class BaseRef(NamedTuple):
@@ -37,6 +46,7 @@ class HeadConfig:
     base: BaseRef
     shape: BaseShape
     base_config: Mapping[str, Any]
+    quantization: Quantization | None = None  # how projections are stored
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -61,9 +71,11 @@ class HeadConfig:
         mask_token_id: int,
         name: str | None,
         revision: str | None = None,
+        quantization: Quantization | None = None,
     ) -> HeadConfig:
         ref = BaseRef(name, revision, base_fingerprint(base_config))
-        return cls(block_size, mask_token_id, ref, BaseShape.from_config(base_config), dict(base_config))
+        shape = BaseShape.from_config(base_config)
+        return cls(block_size, mask_token_id, ref, shape, dict(base_config), quantization)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], source: str) -> HeadConfig:
@@ -77,6 +89,13 @@ class HeadConfig:
         for key in ("block_size", "mask_token_id"):
             if type(config[key]) is not int:
                 raise HeadError(f"{source}: config.json has {key}={config[key]!r}, which must be a whole number.")
+        quantization = config.get(QUANTIZATION)
+        if quantization not in (None, *QUANTIZATIONS):
+            raise HeadError(
+                f"{source}: config.json has {QUANTIZATION}={quantization!r}, and this version reads heads in "
+                f"{', '.join(QUANTIZATIONS)}, or unquantized ones without that key. Upgrade vllm-orthrus, or convert "
+                "the unquantized head with this version."
+            )
         if layout_of(config) == "head-only":
             base_config, verifier = _base_of(config, source)
             name, revision = verifier.get("name_or_path"), verifier.get("revision")
@@ -84,7 +103,14 @@ class HeadConfig:
             base_config = {key: value for key, value in config.items() if key not in _MERGED_ONLY}
             base_config["architectures"] = ARCHITECTURES.get(str(config.get("model_type")), [])
             name, revision = {head: base for base, head in BUILTIN_HEADS.items()}.get(source), None
-        return cls.for_base(base_config, config["block_size"], config["mask_token_id"], name, revision)
+        return cls.for_base(
+            base_config,
+            config["block_size"],
+            config["mask_token_id"],
+            name,
+            revision,
+            cast(Quantization | None, quantization),
+        )
 
     def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
         """The head-only `config.json`: the `speculators` convention, with what Orthrus adds at the top level."""
@@ -96,6 +122,7 @@ class HeadConfig:
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
             "dtype": str(dtype).removeprefix("torch."),
+            **self.quantization_json(),
             "speculators_config": {
                 "algorithm": "orthrus",
                 "proposal_methods": [proposal],
@@ -109,6 +136,10 @@ class HeadConfig:
             },
             "transformer_layer_config": dict(self.base_config),
         }
+
+    def quantization_json(self) -> dict[str, str]:
+        """What either layout's `config.json` says of it."""
+        return {} if self.quantization is None else {QUANTIZATION: self.quantization}
 
     def check_fits(self, base_config: Any, base_name: str) -> list[str]:
         """Raise unless this head's tensors belong on that base; return what else differs, for a warning."""

@@ -1,4 +1,4 @@
-"""From either layout of a head to the other: the head alone, or one checkpoint with its base."""
+"""From either layout of a head to the other, the head alone or one checkpoint with its base, and to eight bits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vllm_orthrus.heads.checkpoint import HeadCheckpoint
 from vllm_orthrus.heads.config import BaseRef, HeadConfig
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Files
+from vllm_orthrus.heads.quantize import Quantization, quantized
 from vllm_orthrus.heads.store import save_head, write_json, write_tensors
 from vllm_orthrus.heads.tensors import is_head_tensor
 
@@ -22,19 +23,43 @@ HEAD_SHARD = "model-diff.safetensors"
 def extract_head(
     checkpoint: HeadCheckpoint, folder: Path, base: str | None, revision: str | None, dtype: torch.dtype | None = None
 ) -> HeadConfig:
-    """Write the head of a checkpoint of either layout alone; `base` and `revision` say which base it belongs to."""
+    """Write the head of a checkpoint of either layout alone; `base` and `revision` say which base it belongs to.
+
+    A quantized head stays so, unless there is a dtype for its weights.
+    """
     checkpoint.check_complete()
     name = base or checkpoint.config.base.name
     if name is None:
         raise HeadError(f"{checkpoint.source} doesn't say which base it was trained for. Name it with --base.")
     ref = BaseRef(name, revision or checkpoint.config.base.revision, checkpoint.config.base.fingerprint)
     config = replace(checkpoint.config, base=ref)
-    save_head(folder, {key: tensor.to(dtype or tensor.dtype) for key, tensor in checkpoint.tensors()}, config)
+    if dtype is None:
+        save_head(folder, dict(checkpoint.stored()), config)
+        return config
+    config = replace(config, quantization=None)
+    save_head(folder, {key: tensor.to(dtype) for key, tensor in checkpoint.tensors()}, config)
     return config
 
 
-def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
-    """Write base and head as one checkpoint in the published layout.
+def quantize_head(checkpoint: HeadCheckpoint, folder: Path, quantization: Quantization) -> None:
+    """Write the head of a checkpoint alone, its projections in eight bits."""
+    checkpoint.check_complete()
+    _refuse_to_overwrite(folder)
+    save_head(folder, *_as_stored(checkpoint, quantization))
+
+
+def _as_stored(
+    checkpoint: HeadCheckpoint, quantization: Quantization | None
+) -> tuple[dict[str, torch.Tensor], HeadConfig]:
+    """quantization: what is to become of a head that has none."""
+    config = checkpoint.config
+    if quantization is None or config.quantization is not None:
+        return dict(checkpoint.stored()), config
+    return dict(quantized(checkpoint.stored())), replace(config, quantization=quantization)
+
+
+def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path, quantization: Quantization | None = None) -> None:
+    """Write base and head as one checkpoint in the published layout. quantization: of the head, never of the base.
 
     The base's files are linked where the file system allows it, else copied; none of its weights are loaded. The head
     becomes one more shard.
@@ -44,20 +69,24 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path) -> None:
     base_config = Files(str(base)).config()
     checkpoint.check_complete()
     checkpoint.config.check_fits(base_config, str(base))
-    if folder.exists() and any(folder.iterdir()):
-        raise HeadError(f"{folder} is not empty. Name a new folder for the merged checkpoint.")
+    _refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shard_of = _shards(base)
     for file in sorted(base.iterdir()):
         if file.is_file() and file.name not in (CONFIG, WEIGHTS_INDEX):
             _link_or_copy(file, folder / file.name)
-    tensors = dict(checkpoint.tensors())
+    tensors, config = _as_stored(checkpoint, quantization)
     write_tensors(folder / HEAD_SHARD, tensors)
     shard_of |= dict.fromkeys(tensors, HEAD_SHARD)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
-    extra = {"block_size": checkpoint.config.block_size, "mask_token_id": checkpoint.config.mask_token_id}
+    extra = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, **config.quantization_json()}
     write_json(folder / CONFIG, {**base_config, "architectures": ["OrthrusLM"], **extra})
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise HeadError(f"{folder} is not empty. Name a new folder for the converted checkpoint.")
 
 
 def _shards(base: Path) -> dict[str, str]:

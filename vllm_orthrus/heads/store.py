@@ -12,16 +12,23 @@ from safetensors.torch import save_file
 
 from vllm_orthrus.heads.config import HeadConfig
 from vllm_orthrus.heads.files import CONFIG, WEIGHTS
-from vllm_orthrus.heads.tensors import check_tensors
+from vllm_orthrus.heads.quantize import FP8
+from vllm_orthrus.heads.tensors import SCALE, check_tensors
 
 
 def save_head(folder: Path, tensors: Mapping[str, torch.Tensor], config: HeadConfig) -> None:
     """Write a head-only checkpoint, after checking that it is complete. The weights appear whole or not at all."""
-    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config.shape, str(folder))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_tensors(shapes, config.shape, str(folder), config.quantization is not None)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(iter(tensors.values())).dtype
-    write_json(folder / CONFIG, config.to_json(dtype))
+    write_json(folder / CONFIG, config.to_json(_dtype(tensors)))
     write_tensors(folder / WEIGHTS, tensors)
+
+
+def _dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Of what is not quantized, if anything."""
+    plain = [tensor.dtype for name, tensor in tensors.items() if tensor.dtype != FP8 and not name.endswith(f".{SCALE}")]
+    return plain[0] if plain else torch.bfloat16
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -15,12 +15,14 @@ from typing import NamedTuple
 
 # Launches that one after the other cost time inside a graph; docs/one-pass.md has the counted ones.
 PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
+# And where the head is in fp8: two inputs are rounded in each layer, and in one pass two results are put together.
+ONE_PASS_FP8, DRAFT_FP8 = 3, 2
 OUTCOME, AROUND_DRAFTS = 19, 6
 LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
 
 
 class Model(NamedTuple):
-    """Qwen3-8B in bf16 with a head in bf16, unless told."""
+    """Qwen3-8B in bf16 with a head in bf16, unless told. A head in fp8 has 1 byte per weight."""
 
     layers: int = 36
     hidden: int = 4096
@@ -75,6 +77,7 @@ class Device(NamedTuple):
     step: float  # seconds beside the forwards of a step
     sharpness: float  # s
     capacity: float = 0.0  # bytes
+    fp8: float = 1.0  # products of fp8, as a multiple of others
 
 
 class Forward(NamedTuple):
@@ -106,6 +109,7 @@ class Part(NamedTuple):
     read: float  # bytes
     products: float  # operations
     attention: float  # operations
+    fp8: float = 0.0  # operations, of products of fp8
 
 
 def parts(model: Model, forward: Forward) -> list[Part]:
@@ -123,23 +127,32 @@ def parts(model: Model, forward: Forward) -> list[Part]:
         cached = model.bytes_per_position * forward.context * forward.requests
         scores = 4.0 * model.layers * model.heads * model.head_dim * forward.context * rows
         found += [
-            Part(model.attention * size, 2 * model.attention * rows, 0.0),
+            Part(model.attention * size, *_by_bytes(size, 2 * model.attention * rows)),
             Part(read, 2 * vocabulary * logits, 0.0),
             Part(cached, 0.0, scores),
         ]
     return found
 
 
+def _by_bytes(size: float, operations: float) -> tuple[float, float, float]:
+    """products, attention and fp8 of a part whose weights have that many bytes."""
+    return (0.0, 0.0, operations) if size == 1 else (operations, 0.0, 0.0)
+
+
 def launches(model: Model, forward: Forward) -> int:
-    if forward.verified and forward.drafted:
-        return model.layers * ONE_PASS_LAYER + OUTCOME
-    return model.layers * DRAFT_LAYER + AROUND_DRAFTS if forward.drafted else model.layers * PLAIN_LAYER
+    if not forward.drafted:
+        return model.layers * PLAIN_LAYER
+    fp8 = model.head_weight_bytes == 1
+    if forward.verified:
+        return model.layers * (ONE_PASS_LAYER + fp8 * ONE_PASS_FP8) + OUTCOME
+    return model.layers * (DRAFT_LAYER + fp8 * DRAFT_FP8) + AROUND_DRAFTS
 
 
 def forward_seconds(device: Device, model: Model, forward: Forward) -> float:
     s, total = device.sharpness, launches(model, forward) * device.launch
     for part in parts(model, forward):
-        arithmetic = part.products / device.products + part.attention / device.attention
+        products = part.products + part.fp8 / device.fp8
+        arithmetic = products / device.products + part.attention / device.attention
         memory = part.read / device.memory
         most = max(memory, arithmetic)
         if most:

@@ -10,6 +10,7 @@ from vllm_orthrus.errors import UserError
 from vllm_orthrus.policy.cost import Device
 
 MEMORY, PRODUCTS, ATTENTION = 0.875, 0.657, 0.404  # of the peaks
+FP8 = {"A100": 1.0}  # which widens weights; all others multiply twice as fast
 LAUNCH = 1.2e-6
 STEP = 3e-4
 
@@ -25,7 +26,9 @@ _STATED = {  # bytes per second, dense operations per second in bf16 with sums i
 }
 
 DEVICES = {
-    name: Device(name, MEMORY * memory, PRODUCTS * peak, ATTENTION * peak, LAUNCH, STEP, 4.0, capacity)
+    name: Device(
+        name, MEMORY * memory, PRODUCTS * peak, ATTENTION * peak, LAUNCH, STEP, 4.0, capacity, FP8.get(name, 2.0)
+    )
     for name, (memory, peak, capacity) in _STATED.items()
 }
 
