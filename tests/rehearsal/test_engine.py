@@ -16,6 +16,7 @@ from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
+ONCE = {"orthrus_vocabulary": "once"}  # as on a GPU
 GIVEN = prompts(5, shortest=9)
 
 

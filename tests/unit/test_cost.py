@@ -41,7 +41,7 @@ def test_one_pass_pays_at_short_contexts_and_not_at_long_ones() -> None:
         for context in (1024, 4096, 16384, 65536)
     }
     assert ratio[1024] > 1.2
-    assert ratio[16384] < 1
+    assert ratio[65536] < 1 < ratio[16384] < 1.05
     assert list(ratio.values()) == sorted(ratio.values(), reverse=True)
 
 
