@@ -149,7 +149,7 @@ def rolled(blocks_of: Callable[[JoinedLogits, int], int]) -> Fault:
     """Logits of rows some blocks off."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        compute = JoinedLogits.compute
+        compute = JoinedLogits.compute_logits
 
         def faulty(self: JoinedLogits, hidden: torch.Tensor) -> Any:
             rows = self.awaited
@@ -160,7 +160,7 @@ def rolled(blocks_of: Callable[[JoinedLogits, int], int]) -> Fault:
                 mine.copy_(mine.roll(self.shape.block * blocks_of(self, num_reqs), dims=0))
             return out
 
-        patch.setattr(JoinedLogits, "compute", faulty)
+        patch.setattr(JoinedLogits, "compute_logits", faulty)
 
     return plant
 

@@ -68,7 +68,7 @@ def count(engine: Engine, patch: pytest.MonkeyPatch) -> dict[str, int]:
         counted.note(noting, speculator.draft_pass, "compute")
         if isinstance(speculator.drafting, OnePassDrafting):
             counted.note(noting, speculator.drafting, "match_and_draft")
-            counted.note(noting, speculator.drafting.logits, "compute")
+            counted.note(noting, speculator.drafting.logits, "compute_logits")
             for name in ("prepare", "forward_with_rows"):
                 counted.note(noting, speculator.drafting.one_pass, name)
         with counted.counting(noting):
@@ -85,8 +85,9 @@ def summed_up(parts: dict[str, list[Part]]) -> Iterator[tuple[str, int]]:
         yield "a layer of a verification with hypotheses", same(n for part in forwards for n in part.layers)
         yield "that forward, besides its layers", same(len(part.launches) - sum(part.layers) for part in forwards)
         yield "before a verification: the hypotheses' rows", max(len(part.launches) for part in parts["prepare"])
-        # With the product itself; for blocks that come of a draft pass there are some more, once.
-        yield "beside the product of a verification's logits", min(len(part.launches) for part in parts["compute"]) - 1
+        # Others are the product alone, or have more of it, once, for blocks that came of a draft pass.
+        products = [len(part.launches) for part in parts["compute_logits"]]
+        yield "beside the product of a verification's logits", min(count for count in products if count > 1) - 1
         yield "behind a verification: taking up its outcome", outcome
         yield "behind a verification, besides that", same(proposals[len(drafts) :]) - outcome
     itself = same(len(part.launches) for part in drafts)

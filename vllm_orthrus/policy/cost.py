@@ -148,10 +148,13 @@ def joins(device: Device, model: Model, forward: Forward) -> bool:
     """
     if not (forward.verified and forward.drafted):
         return False
-    apart, joined = (
-        sum(part_seconds(device, part) for part in vocabulary(model, forward, way)) for way in (False, True)
-    )
-    return joined + JOINED * device.launch < apart
+    apart, joined = (vocabulary_seconds(device, model, forward, way) for way in (False, True))
+    return joined < apart
+
+
+def vocabulary_seconds(device: Device, model: Model, forward: Forward, joined: bool) -> float:
+    products = sum(part_seconds(device, part) for part in vocabulary(model, forward, joined))
+    return products + JOINED * joined * device.launch
 
 
 def launches(model: Model, forward: Forward, joined: bool = False) -> int:

@@ -69,9 +69,9 @@ class JoinedLogits:
         self.kept = torch.zeros(places, shape.block, width, **like)
         self.known = np.zeros(shape.max_num_reqs, dtype=bool)  # by slot, on the host: what is kept is of its block
         self.awaited: HypothesisRows | None = None  # the next call is for the verification that carried these
-        self.unknown: torch.Tensor | None = None  # [n] places whose logits come with it
+        self.unknown: torch.Tensor | None = None  # [n] slots whose blocks' logits come with it
         if self.requests:
-            target.compute_logits = lambda hidden: self.compute(hidden)
+            target.compute_logits = lambda hidden: self.compute_logits(hidden)
 
     def expect(self, rows: HypothesisRows, batch: InputBatch) -> None:
         """The coming verification carries these rows."""
@@ -80,21 +80,22 @@ class JoinedLogits:
         if joined:
             known = self.known[slots].all()
             self.awaited = rows
-            self.unknown = None if known else self.memory.place[batch.idx_mapping[: batch.num_reqs].long()]
+            self.unknown = None if known else batch.idx_mapping[: batch.num_reqs]
         self.known[slots] = joined
 
-    def compute(self, hidden: torch.Tensor) -> Any:
+    def compute_logits(self, hidden: torch.Tensor) -> Any:
         """[rows, vocabulary], as the target itself would."""
         rows, self.awaited = self.awaited, None
         if rows is None:
             return self.whole(self.project(hidden))
-        parts = [hidden, rows.hidden]
+        parts, places = [hidden, rows.hidden], None
         if self.unknown is not None:
-            parts.append(self.memory.block_hidden[self.unknown].flatten(0, 1))
+            places = self.memory.place[self.unknown]
+            parts.append(self.memory.block_hidden[places].flatten(0, 1))
         logits = self.project(torch.cat(parts)).split([len(part) for part in parts])
         self.carried[: len(rows.hidden)] = logits[1]
-        if self.unknown is not None:
-            self.kept[self.unknown] = logits[2].view(-1, *self.kept.shape[1:])
+        if places is not None:
+            self.kept[places] = logits[2].view(-1, *self.kept.shape[1:])
         return self.whole(logits[0])
 
     def take(self, num_reqs: int, which: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
