@@ -109,6 +109,18 @@ def test_one_pass_on_two_ranks(
     assert agree(counts[0], counts[2], counted, requests=4), "both ranks count, and one of them is to be heard"
 
 
+@pytest.mark.feature("tensor parallelism")
+def test_one_product_on_two_ranks(
+    tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, on_one_rank: Any, tmp_path: Path
+) -> None:
+    """Each rank keeps its part of the logits, and what is taken of them is gathered."""
+    once = one_pass | {"orthrus_vocabulary": "once"}
+    tokens, counts, counted = generate(tmp_path, tiny.base, once, {"tensor_parallel_size": 2} | ONE_PASS_OPTIONS)
+    assert tokens == expected
+    assert counts == on_one_rank
+    assert agree(counts[0], counts[2], counted, requests=4)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def server(
     tiny: Checkpoints,
