@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernel_launches import RELEASED
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import UNDER_PRESSURE, Counts, Engine, says_the_same_under_pressure
 from tests.engine.trained import OPTIONS, TINY, chat, questions, trained_head
@@ -16,6 +18,8 @@ from vllm_orthrus.engine.onepass.logits import JoinedLogits
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
 from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses
+from vllm_orthrus.policy.cost import Model
+from vllm_orthrus.policy.devices import find_device
 
 LENGTHS = [110, 10, 45, 80]  # requests leave one by one
 SOME = frozenset({1, 3})  # with these numbers of requests once, with others twice
@@ -61,6 +65,29 @@ def engines(start: StartEngine, request: pytest.FixtureRequest) -> dict[str, Eng
 def joined_logits(engine: Engine) -> JoinedLogits:
     found: JoinedLogits = engine.runner.speculator.drafting.logits
     return found
+
+
+@pytest.mark.parametrize(
+    ("device", "how", "joined"),
+    [
+        ("H200", "auto", {1, 2, 3, 4}),
+        ("RTX 4090", "auto", {1, 2, 3, 4}),
+        ("RTX 5090", "auto", {1, 2, 4}),
+        ("CPU", "auto", set()),
+        ("CPU", "once", {1, 2, 3, 4}),
+        ("H200", "twice", set()),
+    ],
+)
+def test_the_cost_model_decides(device: str, how: str, joined: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the released heads with default settings."""
+    monkeypatch.setattr(logits, "device_of", lambda: find_device(device))
+    monkeypatch.setattr(logits, "model_of", lambda config: Model())
+    config = Mock()
+    config.speculative_config.orthrus_vocabulary = how
+    config.parallel_config.enable_batch_sharded_sampling = False
+    assert logits.requests_joined(RELEASED, config) == joined
+    config.parallel_config.enable_batch_sharded_sampling = True
+    assert not logits.requests_joined(RELEASED, config)
 
 
 def ask(engine: Engine, num_reqs: int, first: int = 0) -> list[list[int]]:

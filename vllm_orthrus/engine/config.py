@@ -113,7 +113,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     orthrus_vocabulary: Literal["auto", "once", "twice"] = "auto"
     """How often a step in one pass reads the vocabulary's projection. "twice": for the verification, and for the drafts
     once its outcome is known. "once": in one product for all rows that may come to draft, whose logits then take
-    memory. "auto": once for as many requests as that is quicker for, by this device's roofline; on CPUs never."""
+    memory. "auto": once for as many requests as that is quicker for, by this device's roofline; on CPUs hardly ever."""
 
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
