@@ -90,7 +90,7 @@ def test_the_vocabulary_is_read_once_up_to_the_knee() -> None:
     }  # fmt: skip
     assert most(CPU) == 16, "one block, all of which drafts: as many rows as in two products"
     two, one = (sum(part.read for part in parts(QWEN, Forward(1, 0, 16, 64, 16), way)) for way in (False, True))
-    assert two - one == pytest.approx(1.2e9, rel=0.02)
+    assert two - one == pytest.approx(1.2e9, rel=0.05)
 
 
 def test_forwards_of_a_step() -> None:
