@@ -233,6 +233,9 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
         kept = empty(shape.most_carried + 1, shape.block, HIDDEN, dtype=torch.bfloat16)
         place = empty(slots + 1)
         take_rows.launch(hidden, empty(num_reqs), slot, place, remembered.offset, kept, shape.drafts)
+        carried = empty(num_reqs, num_hypotheses, shape.block, VOCABULARY, dtype=torch.bfloat16)
+        kept = empty(shape.most_carried + 1, shape.block, VOCABULARY, dtype=torch.bfloat16)
+        take_rows.launch(carried, empty(num_reqs), slot, place, remembered.offset, kept, shape.drafts)
     drafts, temperature = empty(num_reqs, shape.drafts), empty(num_reqs, dtype=float32)
     with recorded(most_probable, "_scan_kernel", "_merge_scans_kernel") as look:
         logits = empty(num_reqs * shape.verified, VOCABULARY, dtype=torch.bfloat16)
@@ -241,7 +244,8 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
         drafted = choose.Drafted(slot, rows.positions[:num_reqs, 0], anchors, drafts, temperature)
         values = empty(shape.block + 1, dtype=float32)
         choose.launch(drafted, said, values, remembered, shape.drafting_rows, shape.block)
-    names = ("prepare", "prepare hypotheses", "take up", "take rows", "scan logits", "merge scans", "choose")
+    names = ("prepare", "prepare hypotheses", "take up", "take rows", "take logits")
+    names += ("scan logits", "merge scans", "choose")
     return dict(zip(names, (*prepare, *ride_along, *taken_up, *taken, *look, *chosen), strict=True))
 
 

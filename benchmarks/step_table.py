@@ -1,4 +1,4 @@
-"""What a step takes by the cost model, for docs/one-pass.md: with the launches there are, and with those there were.
+"""What a step takes by the cost model, for docs/one-pass.md: as it is, and with the launches and products there were.
 And for docs/heads.md: with a head in bf16, and with one in fp8.
 
     python -m benchmarks.step_table
@@ -9,7 +9,16 @@ Qwen3-8B in bf16, one request, all 15 drafts. Nothing of it was measured on one 
 from collections.abc import Iterator
 
 from vllm_orthrus.policy import cost
-from vllm_orthrus.policy.cost import Mode, Model, step_seconds
+from vllm_orthrus.policy.cost import (
+    Device,
+    Mode,
+    Model,
+    blocks_beside,
+    forwards,
+    joins,
+    step_seconds,
+    vocabulary_seconds,
+)
 from vllm_orthrus.policy.devices import DEVICES
 
 NAMES = ("H200", "H100", "A100", "RTX 4090", "RTX 5090")
@@ -29,6 +38,15 @@ def launches_saved(mode: Mode) -> int:
     return MODEL.layers * (layer - cost.DRAFT_LAYER)
 
 
+def product_saved(device: Device, mode: Mode, requests: int, context: float) -> float:
+    """Seconds of a step that has one product for all its logits, where that is quicker; else nothing."""
+    verification = forwards(mode, requests, context)[0]
+    if not joins(device, MODEL, verification):
+        return 0.0
+    apart, joined = (vocabulary_seconds(device, MODEL, verification, way) for way in (False, True))
+    return apart - joined
+
+
 def table() -> Iterator[str]:
     yield f"| device | context | plain | {' | '.join(WAYS)} |"
     yield "|---" * (3 + len(WAYS)) + "|"
@@ -39,7 +57,7 @@ def table() -> Iterator[str]:
             cells = []
             for mode in WAYS.values():
                 now = step_seconds(device, MODEL, mode, 1, context)
-                then = now + launches_saved(mode) * device.launch
+                then = now + launches_saved(mode) * device.launch + product_saved(device, mode, 1, context)
                 cells.append(f"{1e3 * then:.2f} → {1e3 * now:.2f}, {now / plain:.2f}x")
             yield f"| {name} | {context // 1024}K | {1e3 * plain:.2f} | {' | '.join(cells)} |"
 
@@ -59,6 +77,21 @@ def quantized() -> Iterator[str]:
             yield f"| {name} | {context // 1024}K | {' | '.join(cells)} |"
 
 
+def of_products(context: int = 1024) -> Iterator[str]:
+    """By requests of an engine with default settings, and by hypotheses of one request beyond them."""
+    modes = [(count, blocks_beside(count, 192, 16, 16, 4)) for count in (1, 2, 3, 4)] + [(1, 8), (1, 16)]
+    yield f"| device | {' | '.join(f'{count} x (16 + {16 * blocks})' for count, blocks in modes)} |"
+    yield "|---" * (1 + len(modes)) + "|"
+    for name in NAMES:
+        device, cells = DEVICES[name], []
+        for count, blocks in modes:
+            mode = Mode(15, 16, blocks)
+            now, saved = step_seconds(device, MODEL, mode, count, context), product_saved(device, mode, count, context)
+            cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, twice")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     print("\n".join(table()))
-    print("\n".join(quantized()))
+    print("\n" + "\n".join(of_products()))
+    print("\n" + "\n".join(quantized()))

@@ -6,6 +6,7 @@
 
 Picked rows come in the order in which their logits are wanted: all that draft, request by request, and behind those the
 last of each request, which only says what the bonus might be. So the logits that draft are rows side by side.
+Rows are hidden states, or logits.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def launch(
     require_contiguous(hidden=hidden, kept=kept)
     if num_reqs == 0:
         return picked
-    _take_rows_kernel[(num_reqs, max(block, num_drafts + 1))](
+    tile = min(2048, triton.next_power_of_2(size))
+    _take_rows_kernel[(num_reqs, max(block, num_drafts + 1), triton.cdiv(size, tile))](
         hidden,
         which,
         slot,
@@ -69,7 +71,7 @@ def launch(
         BLOCK=block,
         DRAFTS=num_drafts,
         SIZE=size,
-        TILE=min(2048, triton.next_power_of_2(size)),
+        TILE=tile,
         num_warps=4,
     )
     return picked
@@ -94,7 +96,7 @@ def _take_rows_kernel(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (r, i) keeps row i of request r's block and picks the i-th row that drafts."""
+    """Program (r, i, t) keeps a tile of row i of request r's block, and picks that of the i-th row that drafts."""
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1)
     chosen = tl.load(which + r).to(tl.int64)
@@ -107,11 +109,10 @@ def _take_rows_kernel(
     kept_size, picked_size = tl.where(found & (i < BLOCK), SIZE, 0), tl.where(i <= DRAFTS, SIZE, 0)
     row = tl.minimum(tl.load(offsets + slot).to(tl.int64) + i, BLOCK - 1)
     to = tl.where(i < DRAFTS, r * DRAFTS + i, num_reqs * DRAFTS + r).to(tl.int64)
-    for start in range(0, SIZE, TILE):
-        at = start + tl.arange(0, TILE)  # [TILE]
-        # What is read of the kept block is of requests for which it stays: nobody writes it meanwhile.
-        x = tl.load(fresh + i * SIZE + at, mask=at < kept_size, other=0.0)
-        tl.store(old + i * SIZE + at, x, mask=at < kept_size)
-        x = tl.load(fresh + row * SIZE + at, mask=at < fresh_size, other=0.0)
-        y = tl.load(old + row * SIZE + at, mask=at < old_size, other=0.0)
-        tl.store(picked + to * SIZE + at, tl.where(found, x, y), mask=at < picked_size)
+    at = tl.program_id(2) * TILE + tl.arange(0, TILE)  # [TILE]
+    # What is read of the kept block is of requests for which it stays: nobody writes it meanwhile.
+    x = tl.load(fresh + i * SIZE + at, mask=at < kept_size, other=0.0)
+    tl.store(old + i * SIZE + at, x, mask=at < kept_size)
+    x = tl.load(fresh + row * SIZE + at, mask=at < fresh_size, other=0.0)
+    y = tl.load(old + row * SIZE + at, mask=at < old_size, other=0.0)
+    tl.store(picked + to * SIZE + at, tl.where(found, x, y), mask=at < picked_size)

@@ -84,12 +84,14 @@ class Engine:
         self.accepted_at.update(dict(enumerate(stats.num_accepted_tokens_per_pos)))
         self.one_pass.update(getattr(stats, "orthrus", None) or {})
 
-    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int = 32, **sampling: Any) -> Run:
+    def run(self, prompts: Sequence[Sequence[int]], max_tokens: int | Sequence[int] = 32, **sampling: Any) -> Run:
+        """max_tokens: of each, or of all."""
+        lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         params = [
             SamplingParams(
-                **({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False} | sampling)
+                **({"temperature": 0.0, "max_tokens": length, "ignore_eos": True, "detokenize": False} | sampling)
             )
-            for _ in prompts
+            for length in lengths
         ]
         if "seed" in sampling:
             for index, param in enumerate(params):

@@ -66,6 +66,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "orthrus_hypotheses": st.integers(0, 65),
     "orthrus_rows": st.integers(0, 40),
     "orthrus_verification": st.sampled_from(["backend", "fused", "kernel"]),
+    "orthrus_vocabulary": st.sampled_from(["auto", "once", "twice", "never"]),
 }
 TRUTHS = ("use_local_argmax_reduction", "orthrus_time_modes", "orthrus_check_attention")
 SENSIBLE = [*LIKELY, *TRUTHS]

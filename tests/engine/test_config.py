@@ -166,6 +166,22 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "orthrus_verification='fused' does not go with orthrus_check_attention=True",
     ),
+    "once in two passes": (
+        {"orthrus_vocabulary": "once", "orthrus_passes": "two"},
+        {},
+        "orthrus_vocabulary='once' does not go with orthrus_passes='two'.* leave orthrus_vocabulary at 'auto'",
+    ),
+    "once where one pass can't be": (
+        {"orthrus_vocabulary": "once", "orthrus_attention": "write_through"},
+        {},
+        "orthrus_vocabulary='once' does not go with orthrus_attention='write_through'",
+    ),
+    "once where ranks share requests": (
+        {"orthrus_vocabulary": "once"},
+        {"enable_batch_sharded_sampling": True},
+        "orthrus_vocabulary='once' does not go with enable_batch_sharded_sampling=True",
+    ),
+    "neither once nor twice": ({"orthrus_vocabulary": "never"}, {}, "'auto', 'once' or 'twice'"),
     "neither backend nor fused": ({"orthrus_verification": "kernel"}, {}, "'backend' or 'fused'"),
     "no such head": ({"model": "/no/such/folder"}, {}, "/no/such/folder"),
     "LoRA": ({}, {"enable_lora": True}, "enable_lora"),

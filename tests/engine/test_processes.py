@@ -178,6 +178,18 @@ def test_a_head_in_fp8_on_two_ranks(tiny: Checkpoints, one_pass: dict[str, Any],
     assert alone[1][2] > 0
 
 
+@pytest.mark.feature("tensor parallelism")
+def test_one_product_on_two_ranks(
+    tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, on_one_rank: Any, tmp_path: Path
+) -> None:
+    """Each rank keeps its part of the logits, and what is taken of them is gathered."""
+    once = one_pass | {"orthrus_vocabulary": "once"}
+    tokens, counts, counted = generate(tmp_path, tiny.base, once, {"tensor_parallel_size": 2} | ONE_PASS_OPTIONS)
+    assert tokens == expected
+    assert counts == on_one_rank
+    assert agree(counts[0], counts[2], counted, requests=4)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def server(
     tiny: Checkpoints,

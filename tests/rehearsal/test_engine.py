@@ -47,16 +47,17 @@ def form() -> Iterator[None]:
     os.environ.pop(SETTING, None)
 
 
-StartForm = Callable[[str, str], Engine]
+StartForm = Callable[..., Engine]
 
 
 @pytest.fixture
 def start_form(form: None, start: StartEngine, tiny: Checkpoints) -> StartForm:
     """An engine whose kernels have this form, and that drafts in so many passes."""
 
-    def start_it(form: str, passes: str) -> Engine:
+    def start_it(form: str, passes: str, vocabulary: str = "auto") -> Engine:
         os.environ[SETTING] = form
-        engine = start(one_pass(tiny.block_head, orthrus_passes=passes, **ROWS), max_num_seqs=5)
+        told = one_pass(tiny.block_head, orthrus_passes=passes, orthrus_vocabulary=vocabulary, **ROWS)
+        engine = start(told, max_num_seqs=5)
         attention = type(engine.runner.speculator.draft_pass.attention).__name__
         assert attention == {"torch": "GatherAttention", "triton": "KernelAttention"}[form]
         return engine
@@ -64,16 +65,19 @@ def start_form(form: None, start: StartEngine, tiny: Checkpoints) -> StartForm:
     return start_it
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
-def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("passes", "vocabulary"), [("one", "twice"), ("one", "once"), ("two", "auto")])
+def test_tells_what_the_twins_tell(
+    passes: str, vocabulary: str, start_form: StartForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches of up to five requests: the text, and every counter of acceptance and of foreseen outcomes."""
-    twins = start_form("torch", passes)
+    twins = start_form("torch", passes, "auto")
     expected = greedily(twins), sampling(twins)
-    interpreted = start_form("triton", passes)
+    interpreted = start_form("triton", passes, vocabulary)
     assert (greedily(interpreted), sampling(interpreted)) == expected
     assert expected[0].counts.accepted > 0
     if passes == "two":
         return
+    assert bool(interpreted.runner.speculator.drafting.logits.requests) == (vocabulary == "once")
     assert expected[1].one_pass["hits"] > 0
     assert expected[1].one_pass["bonus_missed"] > 0
 
@@ -84,7 +88,7 @@ def test_tells_what_the_twins_tell(passes: str, start_form: StartForm, monkeypat
         launch(drafted._replace(anchor=drafted.anchor.as_strided(drafted.anchor.shape, (1,))), *others)
 
     monkeypatch.setattr(choose, "launch", packed)
-    faulty = greedily(start_form("triton", passes))
+    faulty = greedily(start_form("triton", passes, vocabulary))
     assert faulty.tokens == expected[0].tokens, "drafts never change the text"
     assert faulty.one_pass != expected[0].one_pass
 
@@ -122,7 +126,8 @@ def test_every_step_launches_what_was_warmed_up(
 
     monkeypatch.setattr(OrthrusSpeculator, "_warm_up", remember)
     with recorder.recording(monkeypatch):
-        engine = start(one_pass(tiny.block_head, **ROWS, orthrus_modes=[0, 1, 3, 4]), max_num_seqs=5)
+        told = one_pass(tiny.block_head, **ROWS, orthrus_modes=[0, 1, 3, 4], orthrus_vocabulary="once")
+        engine = start(told, max_num_seqs=5)
         turns = cycle([4, 4, 3, 4, 1, 0])
         scheduler: Any = engine.llm.llm_engine.engine_core.engine_core.scheduler
         monkeypatch.setattr(scheduler.dynamic_sd_lookup.policy, "choose", lambda requests, context: next(turns))

@@ -27,11 +27,13 @@ BUDGET: dict[str, tuple[int | None, int | None, int | None]] = {
     "a layer of a draft pass": (10, 10, 10),
     "that pass, besides its layers": (3, 3, 7),
     "before a verification: the hypotheses' rows": (1, 3, None),
+    "beside the product of a verification's logits": (2, 2, None),
     "behind a verification: taking up its outcome": (11, 11, None),
     "behind a verification, besides that": (8, 8, None),
     "around a draft pass": (31, 31, 6),
 }
-KINDS: tuple[dict[str, Any], ...] = ({}, {"orthrus_verification": "fused"}, {"orthrus_passes": "two"})
+ONCE = {"orthrus_vocabulary": "once"}  # as on a GPU
+KINDS: tuple[dict[str, Any], ...] = (ONCE, ONCE | {"orthrus_verification": "fused"}, {"orthrus_passes": "two"})
 
 
 def leave_as_loaded(layer: Any, remove_weight: bool) -> None:
@@ -66,6 +68,7 @@ def count(engine: Engine, patch: pytest.MonkeyPatch) -> dict[str, int]:
         counted.note(noting, speculator.draft_pass, "compute")
         if isinstance(speculator.drafting, OnePassDrafting):
             counted.note(noting, speculator.drafting, "match_and_draft")
+            counted.note(noting, speculator.drafting.logits, "compute_logits")
             for name in ("prepare", "forward_with_rows"):
                 counted.note(noting, speculator.drafting.one_pass, name)
         with counted.counting(noting):
@@ -82,6 +85,9 @@ def summed_up(parts: dict[str, list[Part]]) -> Iterator[tuple[str, int]]:
         yield "a layer of a verification with hypotheses", same(n for part in forwards for n in part.layers)
         yield "that forward, besides its layers", same(len(part.launches) - sum(part.layers) for part in forwards)
         yield "before a verification: the hypotheses' rows", max(len(part.launches) for part in parts["prepare"])
+        # Others are the product alone, or have more of it, once, for blocks that came of a draft pass.
+        products = [len(part.launches) for part in parts["compute_logits"]]
+        yield "beside the product of a verification's logits", min(count for count in products if count > 1) - 1
         yield "behind a verification: taking up its outcome", outcome
         yield "behind a verification, besides that", same(proposals[len(drafts) :]) - outcome
     itself = same(len(part.launches) for part in drafts)

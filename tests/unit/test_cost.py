@@ -17,6 +17,7 @@ from vllm_orthrus.policy.cost import (
     Model,
     forward_seconds,
     forwards,
+    joins,
     knee,
     launches,
     parts,
@@ -70,7 +71,7 @@ def test_one_pass_pays_at_short_contexts_and_not_at_long_ones() -> None:
         for context in (1024, 4096, 16384, 65536)
     }
     assert ratio[1024] > 1.2
-    assert ratio[16384] < 1
+    assert ratio[65536] < 1 < ratio[16384] < 1.05
     assert list(ratio.values()) == sorted(ratio.values(), reverse=True)
 
 
@@ -93,6 +94,22 @@ def test_more_work_takes_longer(device: Device, requests: int, context: float, v
     ):
         assert forward_seconds(device, QWEN, more) > seconds or more.drafted > drafted
     assert forward_seconds(device, QWEN.share(2), forward) < seconds
+
+
+def test_the_vocabulary_is_read_once_up_to_the_knee() -> None:
+    """Rows that the verification and its blocks add to a product cost nothing, until they cost what they save."""
+
+    def most(device: Device) -> int:
+        joined = [rows for rows in range(16, 2048, 16) if joins(device, QWEN, Forward(1, 0, 16, rows, 16))]
+        assert joined == [*range(16, 16 * (len(joined) + 1), 16)], "and then no more"
+        return max(joined, default=0)
+
+    assert {name: most(device) for name, device in DEVICES.items()} == {
+        "A100": 208, "H100": 400, "H200": 272, "B200": 384, "L40S": 576, "RTX 4090": 224, "RTX 5090": 144, "MI300X": 336
+    }  # fmt: skip
+    assert most(CPU) == 16, "one block, all of which drafts: as many rows as in two products"
+    two, one = (sum(part.read for part in parts(QWEN, Forward(1, 0, 16, 64, 16), way)) for way in (False, True))
+    assert two - one == pytest.approx(1.2e9, rel=0.05)
 
 
 def test_forwards_of_a_step() -> None:

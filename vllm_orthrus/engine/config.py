@@ -118,6 +118,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     is. GPUs that multiply fp8 (compute capability 8.9) round activations as well, row by row, as vLLM does elsewhere;
     older ones widen the weights in the product. On CPUs weights are rounded all the same, but no byte is saved."""
 
+    orthrus_vocabulary: Literal["auto", "once", "twice"] = "auto"
+    """How often a step in one pass reads the vocabulary's projection. "twice": for the verification, and for the drafts
+    once its outcome is known. "once": in one product for all rows that may come to draft, whose logits then take
+    memory. "auto": once for as many requests as that is quicker for, by this device's roofline; on CPUs hardly ever."""
+
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
@@ -142,6 +147,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         wanted_form()  # refuses what it does not know before any worker asks
         self._choose_passes()
         self._refuse_to_fuse()
+        self._refuse_to_read_once()
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
         self.draft_model_config = copy.copy(self.target_model_config)
@@ -278,12 +284,14 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         for name, value, otherwise in (
             ("orthrus_passes", self.orthrus_passes, "leave orthrus_passes at 'auto'"),
             ("orthrus_verification", self.orthrus_verification, "set orthrus_verification to 'backend'"),
+            ("orthrus_vocabulary", self.orthrus_vocabulary, "leave orthrus_vocabulary at 'auto'"),
         ):
-            if obstacles and value in ("one", "fused"):
+            if obstacles and value in ("one", "fused", "once"):
                 raise ValueError(f"{name}={value!r} does not go with {obstacles[0]}. Change that, or {otherwise}.")
         if self.orthrus_passes == "auto":
             # Rows are dear where there is no GPU: hypotheses cost more than they save.
-            dear = not _compiles_kernels() and self.orthrus_verification == "backend"
+            asked = self.orthrus_verification == "fused" or self.orthrus_vocabulary == "once"
+            dear = not _compiles_kernels() and not asked
             self.orthrus_passes = "two" if obstacles or dear else "one"
             if self.orthrus_modes is None and self._may_change_modes():
                 self.orthrus_modes = self._default_modes()
@@ -336,6 +344,20 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 "only the kernel takes both kinds of rows. Set orthrus_attention to 'kernel', or orthrus_verification "
                 "to 'backend'."
             )
+
+    def _refuse_to_read_once(self) -> None:
+        if self.orthrus_vocabulary != "once":
+            return
+        sharded = self.target_parallel_config.enable_batch_sharded_sampling
+        for name, value, reason, applies in (
+            ("orthrus_passes", "two", "drafts there have a forward of their own", self.orthrus_passes == "two"),
+            ("enable_batch_sharded_sampling", True, "each rank computes the logits of some requests alone", sharded),
+        ):
+            if applies:
+                raise ValueError(
+                    f"orthrus_vocabulary='once' does not go with {name}={value!r}: {reason}. Change that, or leave "
+                    "orthrus_vocabulary at 'auto'."
+                )
 
     @property
     def slots_written_ahead(self) -> int:

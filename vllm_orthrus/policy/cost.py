@@ -3,6 +3,7 @@
     part    = (memory^s + arithmetic^s)^(1/s)      memory = bytes / rate, arithmetic = operations / rate
     forward = sum of its parts + launches * launch
     step    = its forwards + what the engine does beside them
+    logits  = a product for the verification's and one for the drafts', or one for all rows that may come to draft
 
 s says how well a device reads and computes at a time: 1 is one after the other, as a CPU does; large s is whichever
 takes longer. A matrix is read once per forward however many rows meet it, so rows are free until arithmetic takes as
@@ -18,7 +19,9 @@ PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
 # And where the head is in fp8: two inputs are rounded in each layer, and in one pass two results are put together.
 ONE_PASS_FP8, DRAFT_FP8 = 3, 2
 OUTCOME, AROUND_DRAFTS = 19, 6
+JOINED = 2  # more, where one product gives all logits
 LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
+CARRIED_BYTES, TAKEN_BYTES = 6, 8  # of such a product: moved to where they stay, and those that draft taken from there
 
 
 class Model(NamedTuple):
@@ -112,26 +115,20 @@ class Part(NamedTuple):
     fp8: float = 0.0  # operations, of products of fp8
 
 
-def parts(model: Model, forward: Forward) -> list[Part]:
-    """The two views' attention reads the cache apart; so does the vocabulary, whose drafts wait for the outcome."""
+def parts(model: Model, forward: Forward, joined: bool = False) -> list[Part]:
+    """The two views' attention reads the cache apart. joined: the vocabulary is not read twice."""
     verified, drafted = (forward.requests * rows for rows in (forward.verified, forward.drafted))
     found = [Part(model.mlp * model.weight_bytes, 2 * model.mlp * (verified + drafted), 0.0)]
-    for rows, size, logits in (
-        (verified, model.weight_bytes, verified),
-        (drafted, model.head_weight_bytes, forward.requests * forward.predicting),
-    ):
+    for rows, size in ((verified, model.weight_bytes), (drafted, model.head_weight_bytes)):
         if not rows:
             continue
-        vocabulary = float(model.hidden) * model.vocab
-        read = vocabulary * model.weight_bytes + LOGIT_BYTES * float(logits) * model.vocab
         cached = model.bytes_per_position * forward.context * forward.requests
         scores = 4.0 * model.layers * model.heads * model.head_dim * forward.context * rows
         found += [
             Part(model.attention * size, *_by_bytes(size, 2 * model.attention * rows)),
-            Part(read, 2 * vocabulary * logits, 0.0),
             Part(cached, 0.0, scores),
         ]
-    return found
+    return found + vocabulary(model, forward, joined)
 
 
 def _by_bytes(size: float, operations: float) -> tuple[float, float, float]:
@@ -139,25 +136,61 @@ def _by_bytes(size: float, operations: float) -> tuple[float, float, float]:
     return (0.0, 0.0, operations) if size == 1 else (operations, 0.0, 0.0)
 
 
-def launches(model: Model, forward: Forward) -> int:
+def vocabulary(model: Model, forward: Forward, joined: bool) -> list[Part]:
+    """joined: one product for all rows that may come to draft, beside those of the verification; else drafts wait."""
+    verified, drafted, predicting = (
+        float(forward.requests * rows) for rows in (forward.verified, forward.drafted, forward.predicting)
+    )
+    if joined:
+        moved = LOGIT_BYTES * verified + CARRIED_BYTES * drafted + (LOGIT_BYTES + TAKEN_BYTES) * predicting
+        products = [(verified + drafted, moved)]
+    else:
+        wanted = ((forward.verified, verified), (forward.drafted, predicting))
+        products = [(rows, LOGIT_BYTES * rows) for there_are, rows in wanted if there_are]
+    weights = float(model.hidden) * model.vocab
+    return [
+        Part(weights * model.weight_bytes + moved * model.vocab, 2 * weights * rows, 0.0) for rows, moved in products
+    ]
+
+
+def joins(device: Device, model: Model, forward: Forward) -> bool:
+    """Whether one product gives the logits of this verification and of its blocks sooner than two.
+
+    It reads the vocabulary once, and multiplies it with rows that mostly draft nothing: free, up to the knee.
+    """
+    if not (forward.verified and forward.drafted):
+        return False
+    apart, joined = (vocabulary_seconds(device, model, forward, way) for way in (False, True))
+    return joined < apart
+
+
+def vocabulary_seconds(device: Device, model: Model, forward: Forward, joined: bool) -> float:
+    products = sum(part_seconds(device, part) for part in vocabulary(model, forward, joined))
+    return products + JOINED * joined * device.launch
+
+
+def launches(model: Model, forward: Forward, joined: bool = False) -> int:
     if not forward.drafted:
         return model.layers * PLAIN_LAYER
     fp8 = model.head_weight_bytes == 1
     if forward.verified:
-        return model.layers * (ONE_PASS_LAYER + fp8 * ONE_PASS_FP8) + OUTCOME
+        return model.layers * (ONE_PASS_LAYER + fp8 * ONE_PASS_FP8) + OUTCOME + JOINED * joined
     return model.layers * (DRAFT_LAYER + fp8 * DRAFT_FP8) + AROUND_DRAFTS
 
 
+def part_seconds(device: Device, part: Part) -> float:
+    products = part.products + part.fp8 / device.fp8
+    arithmetic = products / device.products + part.attention / device.attention
+    memory, s = part.read / device.memory, device.sharpness
+    most = max(memory, arithmetic)
+    return most * ((memory / most) ** s + (arithmetic / most) ** s) ** (1 / s) if most else 0.0
+
+
 def forward_seconds(device: Device, model: Model, forward: Forward) -> float:
-    s, total = device.sharpness, launches(model, forward) * device.launch
-    for part in parts(model, forward):
-        products = part.products + part.fp8 / device.fp8
-        arithmetic = products / device.products + part.attention / device.attention
-        memory = part.read / device.memory
-        most = max(memory, arithmetic)
-        if most:
-            total += most * ((memory / most) ** s + (arithmetic / most) ** s) ** (1 / s)
-    return total
+    """With as many products for its logits as are quicker."""
+    joined = joins(device, model, forward)
+    seconds = sum(part_seconds(device, part) for part in parts(model, forward, joined))
+    return seconds + launches(model, forward, joined) * device.launch
 
 
 def forwards(mode: Mode, requests: int, context: float) -> list[Forward]:

@@ -3,6 +3,7 @@
 forward    OnePass.forward      the verification, with the rows of the hypotheses
 verify     vLLM
 match      Memory.match         the newest block that the outcome has made useful, and its rows that draft next
+logits     JoinedLogits.take    of those rows, if they came with the verification's
 draft      OnePassDrafting.draft
 choose     Memory.choose        hypotheses about what becomes of these drafts
 """
@@ -20,6 +21,7 @@ from vllm_orthrus.engine.graphs import OutcomeGraphs
 from vllm_orthrus.engine.onepass.counters import LateCounts
 from vllm_orthrus.engine.onepass.forward import OnePass
 from vllm_orthrus.engine.onepass.joined import can_join
+from vllm_orthrus.engine.onepass.logits import JoinedLogits
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers
 from vllm_orthrus.engine.onepass.verification import refuse_unfusable
@@ -53,7 +55,8 @@ class OnePassDrafting(Drafting):
         fused = vllm_config.speculative_config.orthrus_verification == "fused"
         self.memory = Memory(shape, model, device)
         self.buffers = HypothesisBuffers(shape, model, device)
-        self.one_pass = OnePass(view, shape, self.memory, self.buffers, fused)
+        self.logits = JoinedLogits(view.target, shape, self.memory, vllm_config, device)
+        self.one_pass = OnePass(view, shape, self.memory, self.buffers, self.logits, fused)
         # Hidden states of a draft pass [room, block, hidden].
         self.drafted = torch.zeros(room, shape.block, model.get_hidden_size(), dtype=model.dtype, device=device)
         # What a graph that takes up an outcome reads beside the rows. Nothing sampled: no request.
@@ -85,6 +88,7 @@ class OnePassDrafting(Drafting):
         num_reqs = batch.num_reqs
         if not self.carried:
             return False
+        assert self.logits.awaited is None, "vLLM has computed no logits of the verification that carried blocks"
         self.rows.prepare(self.every_row[:num_reqs], batch, sampled)
         for buffer, values in ((self.num_sampled, sampled.num_sampled), (self.num_rejected, sampled.num_rejected)):
             buffer[:num_reqs] = values[:num_reqs]
@@ -108,12 +112,20 @@ class OnePassDrafting(Drafting):
             self.num_rejected[:num_reqs],
             self.rows.input_ids[:num_reqs, 0],
         )
-        self.draft(num_reqs, self.memory.match(self.buffers.rows_for(num_reqs), outcome))
+        rows = self.buffers.rows_for(num_reqs)
+        which = self.memory.match(rows, outcome)
+        hidden = self.memory.rows(rows, which, outcome.slot)
+        if num_reqs in self.logits.requests:
+            self.draft(num_reqs, self.logits.take(num_reqs, which, outcome.slot))
+        else:
+            self.draft(num_reqs, self.view.compute_logits(hidden))
 
-    def draft(self, num_reqs: int, hidden: torch.Tensor) -> None:
-        """Sample drafts from these rows of the blocks at hand, and choose hypotheses about what becomes of them."""
+    def draft(self, num_reqs: int, logits: torch.Tensor) -> None:
+        """Sample drafts from rows of the blocks at hand, and choose hypotheses about what becomes of them.
+
+        logits: [num_reqs * K + num_reqs, vocabulary] of these rows, and of the row behind each request's.
+        """
         slot, drafting = self.rows.slots[:num_reqs, 0], num_reqs * self.shape.drafts
-        logits = self.view.compute_logits(hidden)  # [num_reqs * K + num_reqs, vocabulary]
         self.sampler.sample(num_reqs, logits[:drafting], self._keys(num_reqs))
         drafted = Drafted(
             slot,
@@ -151,7 +163,8 @@ class OnePassDrafting(Drafting):
             return
         new = async_tensor_h2d(self.memory.meet(turn.slots, num_reqs), self.drafted.device)
         hidden = self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
-        self.draft(num_reqs, hidden)
+        self.draft(num_reqs, self.view.compute_logits(hidden))
+        self.logits.known[turn.slots] = False
         if len(turn.slots):
             self.memory.keep_only(turn.slots)
 

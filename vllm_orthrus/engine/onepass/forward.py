@@ -20,6 +20,7 @@ from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.drafting import read_prompts
 from vllm_orthrus.engine.onepass import joined
+from vllm_orthrus.engine.onepass.logits import JoinedLogits
 from vllm_orthrus.engine.onepass.memory import Memory
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers, HypothesisRows
 from vllm_orthrus.engine.onepass.verification import BackendVerification, FusedVerification, OnePassAttention
@@ -33,9 +34,16 @@ class OnePass:
     """The target's forward with hypothesis rows, and the decision which forwards have them."""
 
     def __init__(
-        self, view: DiffusionView, shape: DraftShape, memory: Memory, buffers: HypothesisBuffers, fused: bool
+        self,
+        view: DiffusionView,
+        shape: DraftShape,
+        memory: Memory,
+        buffers: HypothesisBuffers,
+        logits: JoinedLogits,
+        fused: bool,
     ) -> None:
-        self.view, self.shape, self.memory, self.buffers, self.fused = view, shape, memory, buffers, fused
+        self.view, self.shape, self.memory, self.buffers = view, shape, memory, buffers
+        self.logits, self.fused = logits, fused
         self.plain_forward = view.target.forward
         self.attention: OnePassAttention | None = None  # known once there is a cache
         # Decided before each forward, from how vLLM says it will run: a replayed graph runs no Python that could tell.
@@ -73,7 +81,7 @@ class OnePass:
 
     def prepare(self, batch: InputBatch) -> HypothesisRows | None:
         """The rows for this batch, if all of it has hypotheses and its forward has room for them."""
-        mode, self.mode, self.carried = self.mode, None, False
+        mode, self.mode, self.carried, self.logits.awaited = self.mode, None, False, None
         num_reqs, padded = batch.num_reqs, batch.num_reqs_after_padding
         replayed = mode == CUDAGraphMode.FULL and (padded, batch.num_tokens_after_padding) in self.captured
         # Graphs of a piece of the model are told apart by their number of tokens alone, so they have no room for rows.
@@ -88,6 +96,7 @@ class OnePass:
         longest = int(batch.seq_lens_cpu_upper_bound.numpy()[:num_reqs].max())
         rows = self.buffers.rows_for(padded, longest)
         self.buffers.fill(rows, self.memory.remembered(), batch, num_reqs)
+        self.logits.expect(rows, batch)
         self.carried = True
         return rows
 

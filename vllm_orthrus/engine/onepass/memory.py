@@ -93,27 +93,30 @@ class Memory:
         """A draft pass has given these requests a block, and no other request has one any more.
 
         block_hidden [n, block, hidden]; new [n]: a first. There are at most `most_carried` of them. Returns the rows
-        that draft, as `match` does.
+        that draft, as `rows` does.
         """
         self.place[slot] = torch.where(slot >= 0, self.places_of_blocks[: len(slot)], self.shape.most_carried)
         self.slots.offset[slot] = 0
         for part in self.slots.history:
             part[slot] = torch.where(new, 0, part[slot])
-        return self._rows(block_hidden[:, None], torch.zeros_like(slot), slot)
+        return self._take_rows(block_hidden[:, None], torch.zeros_like(slot), slot)
 
     def match(self, rows: HypothesisRows, outcome: Outcome) -> torch.Tensor:
-        """Take the newest block that the outcome has made useful, and learn from the outcome.
+        """[n] the newest block that the outcome has made useful; -1: none. Learns from the outcome."""
+        return take_up(outcome, rows.blocks.prefix_lengths, self.slots, self.counters, self.shape.block)
+
+    def rows(self, rows: HypothesisRows, which: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """Take these blocks to hand.
 
         Returns hidden states [n * K + n, hidden] of the rows that draft next, and behind them of the row behind each.
         """
-        prefix_lengths, block = rows.blocks.prefix_lengths, self.shape.block  # [n, H]
-        which = take_up(outcome, prefix_lengths, self.slots, self.counters, block)
-        return self._rows(rows.hidden.view(*prefix_lengths.shape, block, -1), which, outcome.slot)
+        by_block = rows.hidden.view(*rows.blocks.prefix_lengths.shape, self.shape.block, -1)
+        return self._take_rows(by_block, which, slot)
 
-    def _rows(self, hidden: torch.Tensor, which: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    def _take_rows(self, hidden: torch.Tensor, which: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         return take_rows(hidden, which, slot, self.place, self.slots.offset, self.block_hidden, self.shape.drafts)
 
     def choose(self, drafted: Drafted, logits: torch.Tensor) -> None:
-        """Decide which hypotheses the next verification carries. logits: of the rows that `match` gave."""
+        """Decide which hypotheses the next verification carries. logits: of the rows that draft, in their order."""
         said = most_probable(logits, drafted.tokens, drafted.temperature, chances.LOOKED_AT)
         choose(drafted, said, self.values, self.slots, self.shape.drafting_rows, self.shape.block)
