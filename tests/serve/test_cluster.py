@@ -17,9 +17,28 @@ from vllm_orthrus.demo.server import free_port
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 
+# Of a node: all that is run there by Python finds this release first.
+SITE = """
+import sys
+from importlib.metadata import DistributionFinder, PathDistribution
+from pathlib import Path
+
+class Another(DistributionFinder):
+    def find_spec(self, *arguments, **named):
+        return None
+
+    def find_distributions(self, context):
+        if context.name in (None, "vllm-orthrus"):
+            yield PathDistribution(Path(__file__).parent / "vllm_orthrus-9.9.9.dist-info")
+
+sys.meta_path.insert(0, Another())
+"""
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     other = tmp_path_factory.mktemp("other")
+    (other / "sitecustomize.py").write_text(SITE)
     (other / "vllm_orthrus-9.9.9.dist-info").mkdir()
     metadata = "Metadata-Version: 2.1\nName: vllm-orthrus\nVersion: 9.9.9\n"
     (other / "vllm_orthrus-9.9.9.dist-info" / "METADATA").write_text(metadata)

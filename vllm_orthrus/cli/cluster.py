@@ -69,7 +69,7 @@ def asked_there() -> Any:
         def found(*names: str) -> str | None:
             for name in names:
                 try:
-                    return version(name)
+                    return version(name).partition("+")[0]  # builds may differ, releases may not
                 except PackageNotFoundError:
                     continue
             return None

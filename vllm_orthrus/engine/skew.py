@@ -14,7 +14,9 @@ def versions_here() -> Versions:
         ours = version("vllm-orthrus")
     except PackageNotFoundError:  # run from a checkout that is merely on the path
         ours = None
-    return {"vllm-orthrus": ours, "vLLM": installed_vllm()}
+    # Without the build: in CPU mode processes are told "+cpu" of a release that doesn't say so itself.
+    vllm = installed_vllm()
+    return {"vllm-orthrus": ours, "vLLM": vllm and vllm.partition("+")[0]}
 
 
 def refuse_others(configured: Versions) -> None:
