@@ -306,7 +306,7 @@ def test_lossless_requests_are_as_if_alone(engine: Engine) -> None:
         Cascade("token_v3", 0.0),
         Cascade("relaxed", k=1, ratio=0.5),
     ]
-    lossy = list(CASCADES.values()) + [CASCADES["chow"]]
+    lossy = [*CASCADES.values(), CASCADES["chow"]]
     for temperature in (0.0, 1.0):
         asks_for_nothing: list[Cascade | None] = [*free, *free] if temperature == 0 else [free[0]] * 8
         alone, asking = (tokens(write(engine, one, temperature=temperature)) for one in (plain, asks_for_nothing))
