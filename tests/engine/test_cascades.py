@@ -26,7 +26,7 @@ VOCAB, BLOCK, DRAFTS = 16, 6, 4
 PROMPT = [1, 5, 3, 7]
 LENGTH, TEMPERATURE = 24, 1.3
 DRAWS = 20_000 if THOROUGH else 2_400  # of each rule, the tokens of DRAWS / LENGTH requests
-AT_ONCE = 256
+AT_ONCE, HYPOTHESES = 64, 12  # so that not everything is a tail
 Array = np.ndarray[Any, Any]
 
 CASCADES = {
@@ -59,12 +59,12 @@ def reference(small: tuple[Path, Path]) -> Reference:
 
 
 def settings(head: Path, passes: str, **more: Any) -> dict[str, Any]:
-    room = {"orthrus_rows": ROWS, "orthrus_hypotheses": 4}
+    room = {"orthrus_rows": ROWS, "orthrus_hypotheses": HYPOTHESES}
     drafts = {"num_speculative_tokens": DRAFTS, "draft_sample_method": "probabilistic", "orthrus_passes": passes}
     return {"method": "orthrus", "model": str(head)} | room | drafts | more
 
 
-ROWS = AT_ONCE * (DRAFTS + 1 + 4 * BLOCK)
+ROWS = AT_ONCE * (DRAFTS + 1 + HYPOTHESES * BLOCK)
 ROOM = {"max_num_seqs": AT_ONCE, "max_num_batched_tokens": ROWS}
 
 
@@ -113,6 +113,8 @@ class Recorder:
             names = {slot: name.split("-")[0] for name, slot in runner.req_states.req_id_to_index.items()}
             for row, slot in enumerate(of.tolist()):
                 rows = slice(int(starts[row]), int(starts[row + 1]) - 1)
+                if rows.start == rows.stop:  # a prompt has been read, among others' verifications
+                    continue
                 informed = [True] * DRAFTS if known is None else known[rows].tolist()
                 self.of.setdefault(names[slot], []).append(Verification(int(found[2][row]), informed))
             return found
@@ -163,14 +165,15 @@ def laws(reference: Reference, text: Text, cascade: Cascade | None) -> tuple[tor
         anchors = text.tokens.gather(1, anchor_at[:, None]).squeeze(1)
         block = reference.diffusion(anchors, behind + anchor_at, cache, BLOCK)
         q = (reference.logits(block) / TEMPERATURE).softmax(-1)
-        for row, steps in enumerate(text.verifications):
-            if step >= len(steps):
-                continue
-            for place in range(min(steps[step].yielded, DRAFTS)):
-                at = int(written[row]) + place
-                if at < LENGTH and steps[step].informed[place]:
-                    law[row, at], drafted[row, at] = pi(cascade, p[row, at], q[row, place]), True
-            written[row] += steps[step].yielded
+        by = [
+            (row, int(written[row]) + place, place)
+            for row, steps in enumerate(text.verifications)
+            for place in range(min(steps[step].yielded, DRAFTS) if step < len(steps) else 0)
+            if written[row] + place < LENGTH and steps[step].informed[place]
+        ]
+        rows, at, places = torch.tensor(by).T if by else torch.zeros(3, 0, dtype=torch.long)
+        law[rows, at], drafted[rows, at] = pi(cascade, p[rows, at], q[rows, places]), torch.tensor(True)
+        written += torch.tensor([steps[step].yielded if step < len(steps) else 0 for steps in text.verifications])
     return law, drafted
 
 
@@ -230,22 +233,21 @@ def _mixture_not_normalised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verify, "target", lambda p, judged: torch.where(judged.kept, judged.q, 0))
 
 
-def _row_too_late(patch: pytest.MonkeyPatch) -> None:
-    parts = Cascades._parts
+def _token_before_judged(patch: pytest.MonkeyPatch) -> None:
+    judge = Cascades.judge
 
-    def faulty(self: Cascades, *arguments: Any) -> Any:
-        for part in parts(self, *arguments):
-            yield part._replace(rows=np.minimum(part.rows + 1, part.rows.max()))
+    def faulty(self: Cascades, logits: torch.Tensor, q_logits: Any, chunk: Any, drafting: Any) -> None:
+        judge(self, logits, q_logits, chunk._replace(drafts=chunk.drafts.roll(1)), drafting)
 
-    patch.setattr(Cascades, "_parts", faulty)
+    patch.setattr(Cascades, "judge", faulty)
 
 
-def _temperature_forgotten(patch: pytest.MonkeyPatch) -> None:
+def _another_temperature(patch: pytest.MonkeyPatch) -> None:
     add = Cascades.add_request
 
     def faulty(self: Cascades, slot: int, params: Any) -> None:
         add(self, slot, params)
-        self.temperature[slot] = 1.0
+        self.temperature[slot] = 0.4
 
     patch.setattr(Cascades, "add_request", faulty)
 
@@ -254,8 +256,8 @@ FAULTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "p and q swapped": ("token_v2", _swapped),
     "asked and kept swapped": ("token_v3", _asked_and_kept_swapped),
     "mixture not normalised": ("token_v2", _mixture_not_normalised),
-    "row too late": ("diff", _row_too_late),
-    "temperature forgotten": ("chow", _temperature_forgotten),
+    "the token before judged": ("diff", _token_before_judged),
+    "another temperature": ("token_v1", _another_temperature),
 }
 
 

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "training": {"heads", "kernels", "policy"},
     "patches": {"engine", "kernels", "heads", "policy", "cascades"},
     "demo": {"heads", "training"},
-    "bench": {"demo", "training", "engine", "policy"},
+    "bench": {"demo", "training", "engine", "policy", "cascades"},
 }
 # Words that belong to a room of no one: a version, an error.
 SHARED = {"vllm_orthrus", "errors"}
