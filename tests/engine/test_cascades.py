@@ -27,7 +27,6 @@ PROMPT = [1, 5, 3, 7]
 LENGTH, TEMPERATURE = 24, 1.3
 DRAWS = 20_000 if THOROUGH else 2_400  # of each rule, the tokens of DRAWS / LENGTH requests
 AT_ONCE, HYPOTHESES = 64, 12  # so that not everything is a tail
-Array = np.ndarray[Any, Any]
 
 CASCADES = {
     "chow": Cascade("chow", 0.6),
@@ -122,6 +121,9 @@ class Recorder:
         patch.setattr(rejection, "_verify", watch)
 
 
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Text(NamedTuple):
     tokens: torch.Tensor  # [n, LENGTH]
     verifications: list[list[Verification]]
@@ -150,9 +152,11 @@ def pi(cascade: Cascade | None, p: torch.Tensor, q: torch.Tensor) -> torch.Tenso
 
 
 @torch.inference_mode()
-def laws(reference: Reference, text: Text, cascade: Cascade | None) -> tuple[torch.Tensor, torch.Tensor]:
+def laws(
+    reference: Reference, text: Text, cascade: Cascade | None, drawn_by: Logits
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token but the first was drawn from [n, LENGTH, 16], by the reference; and whether a row that knew its
-    block's anchor has drafted it [n, LENGTH]."""
+    block's anchor has drafted it [n, LENGTH]. drawn_by: what becomes of a row's logits before a draft is drawn."""
     count, behind = len(text.tokens), len(PROMPT)
     ids = torch.cat((torch.tensor(PROMPT).expand(count, -1), text.tokens), dim=1)
     cache = reference.new_cache(count, ids.shape[1])
@@ -164,7 +168,7 @@ def laws(reference: Reference, text: Text, cascade: Cascade | None) -> tuple[tor
         anchor_at = (written - 1).clamp(max=LENGTH - 1)
         anchors = text.tokens.gather(1, anchor_at[:, None]).squeeze(1)
         block = reference.diffusion(anchors, behind + anchor_at, cache, BLOCK)
-        q = (reference.logits(block) / TEMPERATURE).softmax(-1)
+        q = (drawn_by(reference.logits(block)) / TEMPERATURE).softmax(-1)
         by = [
             (row, int(written[row]) + place, place)
             for row, steps in enumerate(text.verifications)
@@ -195,10 +199,12 @@ def chance(text: Text, law: torch.Tensor, chosen: torch.Tensor) -> float:
     return float(stats.chi2.sf(float(((counts - expected)[seen] ** 2 / expected[seen]).sum()), int(seen.sum()) - 1))
 
 
-def chances(reference: Reference, text: Text, cascade: Cascade | None, of: Cascade | None) -> dict[str, float]:
+def chances(
+    reference: Reference, text: Text, cascade: Cascade | None, of: Cascade | None, drawn_by: Logits = lambda x: x
+) -> dict[str, float]:
     """Of text by a cascade, if it were by `of`: of tokens that an informed row has drafted, and of all others."""
-    _, drafted = laws(reference, text, cascade)
-    law, _ = laws(reference, text, of)
+    _, drafted = laws(reference, text, cascade, drawn_by)
+    law, _ = laws(reference, text, of, drawn_by)
     return {"drafted": chance(text, law, drafted), "others": chance(text, law, ~drafted)}
 
 
@@ -321,3 +327,22 @@ def test_lossless_requests_are_as_if_alone(engine: Engine) -> None:
 
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_greedy_drafts(
+    start: StartEngine, small: tuple[Path, Path], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where distributions of drafts are not kept, q is all on the draft: for rules that look at p alone."""
+    engine = start(settings(small[1], "two", draft_sample_method="greedy"), model=small[0], **ROOM)
+
+    def sure(logits: torch.Tensor) -> torch.Tensor:
+        return torch.where(logits == logits.amax(-1, keepdim=True), logits, -torch.inf)
+
+    with pytest.raises(ValueError, match=r"draft_sample_method='greedy' does not keep\. Start with 'probabilistic'"):
+        write(engine, [CASCADES["chow"]])
+    for rule, text in texts(engine, monkeypatch, [None, "token_v2", "token_v3", "relaxed"]).items():
+        cascade = CASCADES.get(str(rule))
+        found = chances(reference, text, cascade, cascade, sure)
+        assert min(found.values()) > 0.0005, (rule, found)
+        if cascade is not None:
+            assert chances(reference, text, cascade, None, sure)["drafted"] < 1e-4

@@ -6,8 +6,6 @@ import json
 import re
 from collections.abc import Callable
 
-_LOG = re.compile(r"\[\d\d:\d\d:\d\d\] user=\w+ GET /\S+ \d{3} \d+")
-
 
 def _result(text: str, expected: str) -> bool:
     """The number that it ends with."""
@@ -29,9 +27,8 @@ def _record(text: str, expected: str) -> bool:
 
 
 def _log(text: str, expected: str) -> bool:
-    """Every line is of the form, and is the one that was asked for."""
-    lines = text.strip().splitlines()
-    return all(map(_LOG.fullmatch, lines)) and lines == expected.strip().splitlines()
+    """Every line is the one that was asked for, and none is missing."""
+    return text.strip().splitlines() == expected.strip().splitlines()
 
 
 CHECKS: dict[str, Callable[[str, str], bool]] = {
