@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine import checkpoints
 from tests.engine.conftest import THOROUGH, StartEngine
@@ -307,26 +308,54 @@ def test_uninformed_drafts_are_judged_by_the_model_alone(
 
 def test_lossless_requests_are_as_if_alone(engine: Engine) -> None:
     """Greedy and sampled, to the last token, in batches with lossy ones; also those that ask for what is lossless."""
-    plain: list[Cascade | None] = [None] * 8
-    free = [
-        Cascade("chow", 0.0),
-        Cascade("token_v2", 0.0),
-        Cascade("token_v3", 0.0),
-        Cascade("relaxed", k=1, ratio=0.5),
-    ]
-    lossy = [*CASCADES.values(), CASCADES["chow"]]
-    for temperature in (0.0, 1.0):
-        asks_for_nothing: list[Cascade | None] = [*free, *free] if temperature == 0 else [free[0]] * 8
-        alone, asking = (tokens(write(engine, one, temperature=temperature)) for one in (plain, asks_for_nothing))
-        mixed = tokens(write(engine, [one for pair in zip(plain, lossy, strict=True) for one in pair], temperature=0.0))
+    greedy = [CASCADES["token_v2"]._replace(alpha=0.0), CASCADES["token_v3"]._replace(alpha=0.0)]
+    greedy.append(CASCADES["relaxed"]._replace(k=1))
+    free, count = CASCADES["chow"]._replace(alpha=0.0), 2 * len(CASCADES)
+    mixed = [one for cascade in CASCADES.values() for one in (None, cascade)]
+    # In one pass, sampled text depends on what was learnt of those before.
+    one_pass = isinstance(engine.runner.speculator.drafting, OnePassDrafting)
+    for temperature in (0.0,) if one_pass else (0.0, 1.0):
+        asks_for_nothing = [free, *(greedy if temperature == 0 else [])] * count
+        alone, asking, beside = (
+            tokens(write(engine, asked, temperature=temperature))
+            for asked in ([None] * count, asks_for_nothing[:count], mixed)
+        )
         assert asking == alone
-        if temperature == 0:
-            assert len({tuple(one) for one in mixed[::2]}) == 1 and mixed[0] == alone[0]
-            assert any(one != alone[0] for one in mixed[1::2]), "no rule has changed anything"
+        assert beside[::2] == alone[::2]
+        assert beside[1::2] != alone[1::2], "no rule has changed anything"
 
 
 def tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_how_it_is_cut_up_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM verifies large batches a few requests at a time, and rows are worked on a few at a time."""
+    if isinstance(engine.runner.speculator.drafting, OnePassDrafting):
+        pytest.skip("what is foreseen in one pass, and so which drafts a tail has made, depends on what went before")
+    asked: list[Cascade | None] = [None, *CASCADES.values()] * 3
+    whole = tokens(write(engine, asked))
+    monkeypatch.setattr("vllm.v1.worker.gpu.spec_decode.rejection_sampler.get_max_chunk_logits", lambda size: 13)
+    chunks = tokens(write(engine, asked))
+    monkeypatch.setattr("vllm_orthrus.engine.cascades.PIECE", 3 * VOCAB)
+    assert whole == chunks == tokens(write(engine, asked))
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_logprobs_are_those_of_the_model(
+    mode: str, engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.runner.sampler, "logprobs_mode", mode)
+    outputs = write(engine, [CASCADES["diff"], CASCADES["token_v2"], None] * 4, logprobs=1)
+    ids = torch.tensor([[*PROMPT, *text] for text in tokens(outputs)])
+    cache = reference.new_cache(*ids.shape)
+    states = reference.autoregressive(ids, torch.arange(ids.shape[1]).expand_as(ids), cache)
+    logits = reference.logits(states)[:, len(PROMPT) - 1 : -1].detach()
+    own = (logits / (TEMPERATURE if mode == "processed_logprobs" else 1)).log_softmax(-1)
+    for row, output in enumerate(outputs):
+        for place, said in enumerate(output.outputs[0].logprobs):
+            token = output.outputs[0].token_ids[place]
+            assert said[token].logprob == pytest.approx(float(own[row, place, token]), abs=2e-3)
 
 
 def test_greedy_drafts(
@@ -338,7 +367,9 @@ def test_greedy_drafts(
     def sure(logits: torch.Tensor) -> torch.Tensor:
         return torch.where(logits == logits.amax(-1, keepdim=True), logits, -torch.inf)
 
-    with pytest.raises(ValueError, match=r"draft_sample_method='greedy' does not keep\. Start with 'probabilistic'"):
+    with pytest.raises(
+        VLLMValidationError, match=r"draft_sample_method='greedy' does not keep\. Start with 'probabilistic'"
+    ):
         write(engine, [CASCADES["chow"]])
     for rule, text in texts(engine, monkeypatch, [None, "token_v2", "token_v3", "relaxed"]).items():
         cascade = CASCADES.get(str(rule))
