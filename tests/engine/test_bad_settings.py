@@ -63,6 +63,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "orthrus_attention": st.sampled_from(["auto", "kernel", "gather", "write_through", "triton"]),
     "orthrus_passes": st.sampled_from(["auto", "one", "two", "1"]),
     "orthrus_modes": st.lists(st.integers(0, 8), max_size=4) | st.just([0, 7]),
+    "orthrus_cascade": st.sampled_from(["refuse", "off", "chow", {"rule": "chow", "alpha": 0.5}])
+    | st.fixed_dictionaries({"rule": st.sampled_from(["token_v3", "relaxed", "x"]), "alpha": st.floats(-1, 2)}),
     "orthrus_hypotheses": st.integers(0, 65),
     "orthrus_rows": st.integers(0, 40),
     "orthrus_verification": st.sampled_from(["backend", "fused", "kernel"]),

@@ -12,11 +12,12 @@ MAY_IMPORT = {
     "kernels": set[str](),
     "heads": set[str](),
     "policy": {"kernels"},
-    "engine": {"heads", "kernels", "policy"},
+    "cascades": set[str](),
+    "engine": {"heads", "kernels", "policy", "cascades"},
     "training": {"heads", "kernels", "policy"},
-    "patches": {"engine", "kernels", "heads", "policy"},
+    "patches": {"engine", "kernels", "heads", "policy", "cascades"},
     "demo": {"heads", "training"},
-    "bench": {"demo", "training", "engine", "policy"},
+    "bench": {"demo", "training", "engine", "policy", "cascades"},
 }
 # Words that belong to a room of no one: a version, an error.
 SHARED = {"vllm_orthrus", "errors"}

@@ -194,6 +194,30 @@ def draw_acceptance(summary: Mapping[str, Any], title: str, picture: Path) -> No
     _save(plot, figure, picture)
 
 
+def draw_cascades(rows: Sequence[Mapping[str, Any]], title: str, picture: Path) -> None:
+    """A panel for each class: right answers, or as without where that cannot be told, over tokens per forward."""
+    kinds = list(dict.fromkeys(row["class"] for row in rows))
+    rules = list(dict.fromkeys(row["rule"] for row in rows))[1:]  # the first is none
+    plot, colours = pyplot(), (*COLOURS, "#000000")
+    figure, axes = plot.subplots(
+        1, len(kinds), figsize=(3.1 * len(kinds) + 1.6, 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, kind in zip(axes[0], kinds, strict=True):
+        own = [row for row in rows if row["class"] == kind]
+        value = "same" if own[0]["right"] is None else "right"
+        for rule, colour in zip(rules, colours, strict=False):
+            points = [(row["tokens_per_forward"], row[value]) for row in own if row["rule"] == rule]
+            panel.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1, label=rule)
+        panel.plot(own[0]["tokens_per_forward"], own[0][value], marker="*", markersize=13, color=GREY, linestyle="")
+        panel.axhline(own[0][value], color=GREY, linewidth=1)
+        panel.set(title=kind, xlabel="tokens per forward", ylim=(-0.03, 1.03))
+        panel.set_ylabel("right answers" if value == "right" else "answers as without")
+        panel.grid(alpha=0.3)
+    figure.suptitle(f"{title}\nthe star is lossless decoding", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    _save(plot, figure, picture)
+
+
 def _save(plot: Any, figure: Any, picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)

@@ -16,6 +16,7 @@ def add_parser(subparsers: Any) -> None:
     _add_acceptance(kinds)
     _add_cost(kinds)
     _add_lossless(kinds)
+    _add_cascade(kinds)
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -72,6 +73,22 @@ def _add_lossless(kinds: Any) -> None:
     parser.set_defaults(run=lossless, temperature=0.0)
 
 
+def _add_cascade(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "cascade",
+        help="what lossy rules bring in forwards, and cost in text",
+        description="Each rule over its settings, beside the same engine without: forwards, seconds, right answers.",
+    )
+    _add_common(parser, ("two",))
+    parser.add_argument(
+        "--rules", nargs="+", default=["chow", "diff", "opt", "token_v1", "token_v2", "token_v3", "relaxed"]
+    )
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.05, 0.2, 0.5, 0.8], help="of all but `relaxed`")
+    parser.add_argument("--ks", type=int, nargs="+", default=[2, 3, 5], help="of `relaxed`")
+    parser.add_argument("--per-class", type=int, default=20, help="only so many prompts of each class")
+    parser.set_defaults(run=cascade)
+
+
 def _add_common(
     parser: argparse.ArgumentParser, ways: tuple[str, ...], temperature: bool = True, dtypes: tuple[str, ...] = ()
 ) -> None:
@@ -120,3 +137,9 @@ def lossless(options: argparse.Namespace) -> int:
     from vllm_orthrus.bench.lossless import run_lossless
 
     return run_lossless(options)
+
+
+def cascade(options: argparse.Namespace) -> int:
+    from vllm_orthrus.bench.cascade import run_cascade
+
+    return run_cascade(options)

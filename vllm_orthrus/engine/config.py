@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,8 +13,10 @@ from vllm.config.speculative import SpeculativeConfig, SpeculativeMethod
 from vllm.config.utils import config
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from vllm_orthrus.cascades.choice import NAME, REFUSE, Cascade, obstacle, read_request, read_server
 from vllm_orthrus.engine.quantization import why_not_here
 from vllm_orthrus.engine.skew import versions_here
+from vllm_orthrus.errors import UserError
 from vllm_orthrus.heads import HeadConfig, is_folder, open_head, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
@@ -123,6 +125,11 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     once its outcome is known. "once": in one product for all rows that may come to draft, whose logits then take
     memory. "auto": once for as many requests as that is quicker for, by this device's roofline; on CPUs hardly ever."""
 
+    orthrus_cascade: dict[str, Any] | str | None = None
+    """LOSSY. The rule by which requests that say nothing leave tokens to the draft, as {"rule": "token_v3", "alpha":
+    0.2}. Unset, there is none, and only requests that ask for one have it; "refuse" refuses those. The page on cascades
+    says what rules there are."""
+
     orthrus_check_attention: bool = False
     """For debugging: run every draft through "write_through" as well, and log how far the two are apart."""
 
@@ -148,6 +155,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self._choose_passes()
         self._refuse_to_fuse()
         self._refuse_to_read_once()
+        self.cascade_of(None)
         # vLLM wants a draft model's config in several places. The draft's shape is the target's; it must not be the
         # same object, because vLLM takes identity to mean "this is the draft model being loaded".
         self.draft_model_config = copy.copy(self.target_model_config)
@@ -358,6 +366,19 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                     f"orthrus_vocabulary='once' does not go with {name}={value!r}: {reason}. Change that, or leave "
                     "orthrus_vocabulary at 'auto'."
                 )
+
+    def cascade_of(self, extra_args: Mapping[str, Any] | None) -> Cascade | None:
+        """What a request with these extra arguments is decoded by; none of them, as the server's setting says."""
+        asked = read_request(extra_args, read_server(self.orthrus_cascade))
+        if asked is None:
+            return None
+        if self.orthrus_cascade == REFUSE:
+            raise UserError(f"{NAME} is refused by this server, whose text is the model's own. Leave it out.")
+        methods = self.draft_sample_method, self.rejection_sample_method
+        problem = obstacle(asked, *methods, self.enable_adaptive_verification)
+        if problem is not None:
+            raise UserError(problem)
+        return asked
 
     @property
     def slots_written_ahead(self) -> int:

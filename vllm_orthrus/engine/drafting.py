@@ -58,6 +58,13 @@ class Drafting(ABC):
     def take_up(self, batch: InputBatch, sampled: Sampled, graphs: OutcomeGraphs | None) -> bool:
         """Sample drafts for all of the batch from blocks that its verification carried. False if some have none."""
 
+    def informed(self, of: HostInts, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """[n] bool: which of the drafts at hand come from rows that knew the token before them all. None: each.
+
+        slots, places [n]: whose drafts, and which of theirs; of: the slots, on the host.
+        """
+        return None
+
     @abstractmethod
     def forget(self, slots: HostInts, reading: HostInts) -> None:
         """Nothing that is remembered of these slots applies to their next verification.

@@ -52,6 +52,11 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
         config.orthrus_block_size,
         config.num_speculative_tokens,
     )
+    cascade = config.cascade_of(None)
+    if cascade is not None:
+        logger.warning(
+            "LOSSY: Orthrus leaves tokens to drafts by %s, for all requests that don't say otherwise.", cascade
+        )
     return view.eval()
 
 

@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 from vllm_orthrus.engine.attention.blocks import CachedLayer
 from vllm_orthrus.engine.attention.choice import choose_attention, workspace_for
 from vllm_orthrus.engine.attention.write_through import WriteThroughAttention
+from vllm_orthrus.engine.cascades import Cascades
 from vllm_orthrus.engine.draft_pass import DraftPass
 from vllm_orthrus.engine.draft_rows import DraftRows
 from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn, read_prompts
@@ -62,6 +63,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.num_query_per_req = self.shape.block  # bounds vLLM's profile run
         self.rows = DraftRows(self.shape, vllm_config.model_config, device)
         self.sampler = DraftSampler(self, self.shape, self.rows)
+        self.cascades = Cascades(self.speculative_config, self.shape.max_num_reqs, device)
         self.workspace: torch.Tensor | None = None
         self.warm = False  # every form of our kernels that a step may launch has been launched
         # vLLM measures graph memory with a throw-away cache first, and then clears attributes of this type here.
@@ -214,8 +216,9 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         return hidden_states
 
     def counts(self) -> dict[str, int] | None:
-        """What one-pass drafting has counted since the start; the device's part may be a few steps old."""
-        return self.drafting.counts()
+        """What one-pass drafting and cascades counted since the start; the device's part may be a few steps old."""
+        drafted, cascaded = self.drafting.counts(), self.cascades.counts()
+        return drafted if not cascaded else (drafted or {}) | cascaded
 
 
 def _past_prompt(batch: InputBatch) -> HostInts:

@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_orthrus.patches import arguments, cpu, dispatch, graphs, limits, logprobs, metrics, models, modes
+from vllm_orthrus.patches import arguments, cascades, cpu, dispatch, graphs, limits, logprobs, metrics, models, modes
 from vllm_orthrus.patches.registry import Patch, State, apply_all
 from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
@@ -19,6 +19,7 @@ __all__ = [
 
 PATCHES: list[Patch] = [
     *arguments.PATCHES,
+    *cascades.PATCHES,
     *dispatch.PATCHES,
     *limits.PATCHES,
     *metrics.PATCHES,
@@ -26,7 +27,12 @@ PATCHES: list[Patch] = [
     *cpu.PATCHES,
 ]
 # Only workers load what these are about.
-WORKER_PATCHES: list[Patch] = [*metrics.WORKER_PATCHES, *graphs.WORKER_PATCHES, *logprobs.WORKER_PATCHES]
+WORKER_PATCHES: list[Patch] = [
+    *metrics.WORKER_PATCHES,
+    *graphs.WORKER_PATCHES,
+    *logprobs.WORKER_PATCHES,
+    *cascades.WORKER_PATCHES,
+]
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
 logger = logging.getLogger("vllm.orthrus")

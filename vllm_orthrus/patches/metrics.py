@@ -1,4 +1,4 @@
-"""One-pass drafting's counts, from the rank that counts to vLLM's `/metrics` and its periodic log.
+"""Counts of one-pass drafting and of cascades, from the rank that counts to vLLM's `/metrics` and its periodic log.
 
     worker        puts what was counted since the start beside each step's output
     engine core   tells the front end what is new, beside vLLM's own counts of drafts
@@ -14,10 +14,11 @@ every other method too, and Ray's metrics know nothing of it.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
+from vllm_orthrus.cascades.rules import RULES
 from vllm_orthrus.patches.arguments import is_ours
 from vllm_orthrus.patches.registry import Patch, takes
 
@@ -28,6 +29,7 @@ class Metric(NamedTuple):
     name: str  # vLLM clears the metrics of a former engine by this prefix
     documentation: str
     cause: str | None = None
+    rule: str | None = None
 
 
 _MISSES = ("vllm:orthrus_misses", "Verifications whose outcome no hypothesis had foreseen exactly, by cause.")
@@ -40,6 +42,16 @@ METRICS = {
     "tokens": Metric("vllm:orthrus_tokens", "Tokens that came of verifications with hypotheses."),
     "rows": Metric("vllm:orthrus_rows", "Rows in forwards with hypotheses, those of the verification included."),
     "draft_passes": Metric("vllm:orthrus_draft_passes", "Drafts of a request that took a forward of their own."),
+}
+
+# There once a request has asked for a cascade.
+_TAKEN = ("vllm:orthrus_cascade_tokens", "LOSSY: tokens that a cascade's rule has left to the draft, by rule.")
+_DEPARTED = ("vllm:orthrus_cascade_departures", "Those among them that aren't the model's likeliest, by rule.")
+
+CASCADE_METRICS = {
+    f"cascade_{what}_{rule}": Metric(*named, rule=rule)
+    for what, named in (("taken", _TAKEN), ("departed", _DEPARTED))
+    for rule in RULES
 }
 
 
@@ -108,26 +120,32 @@ def _init_prom(original: Callable[..., None]) -> Callable[..., None]:
         is_diffusion: bool = False,
     ) -> None:
         original(self, speculative_config, labelnames, per_engine_labelvalues, is_diffusion)
-        if is_ours(speculative_config) and speculative_config.orthrus_passes == "one":
-            self.orthrus = _make_counters(self._counter_cls, labelnames, per_engine_labelvalues)
+        if not is_ours(speculative_config):
+            return
+        make = partial(_make_counters, self._counter_cls, labelnames, per_engine_labelvalues)
+        self.orthrus = make(METRICS) if speculative_config.orthrus_passes == "one" else {}
+        self.orthrus_cascades = partial(make, CASCADE_METRICS)
 
     return __init__
 
 
 def _make_counters(
-    counter_cls: Callable[..., Any], labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    counter_cls: Callable[..., Any],
+    labelnames: list[str],
+    per_engine_labelvalues: dict[int, list[object]],
+    metrics: Mapping[str, Metric],
 ) -> dict[str, dict[int, Any]]:
     """By what they count, then by engine."""
     from vllm.v1.metrics.utils import create_metric_per_engine
 
     families: dict[str, Any] = {}
     counters = {}
-    for counted, metric in METRICS.items():
-        causes = [] if metric.cause is None else [metric.cause]
+    for counted, metric in metrics.items():
+        own = {name: value for name, value in (("cause", metric.cause), ("rule", metric.rule)) if value is not None}
         if metric.name not in families:
-            labels = [*labelnames, *(["cause"] if causes else [])]
+            labels = [*labelnames, *own]
             families[metric.name] = counter_cls(name=metric.name, documentation=metric.documentation, labelnames=labels)
-        values = {engine: [*values, *causes] for engine, values in per_engine_labelvalues.items()}
+        values = {engine: [*values, *own.values()] for engine, values in per_engine_labelvalues.items()}
         counters[counted] = create_metric_per_engine(families[metric.name], values)
     return counters
 
@@ -137,9 +155,12 @@ def _observe_prom(original: Callable[..., None]) -> Callable[..., None]:
     def observe(self: Any, spec_decoding_stats: Any, engine_idx: int = 0) -> None:
         original(self, spec_decoding_stats, engine_idx)
         new: Counts | None = getattr(spec_decoding_stats, "orthrus", None)
-        if new is not None:
-            for counted, counters in getattr(self, "orthrus", {}).items():
-                counters[engine_idx].inc(new.get(counted, 0))
+        if new is None:
+            return
+        if not CASCADE_METRICS.keys().isdisjoint(new) and not CASCADE_METRICS.keys() <= self.orthrus.keys():
+            self.orthrus |= self.orthrus_cascades()
+        for counted, counters in getattr(self, "orthrus", {}).items():
+            counters[engine_idx].inc(new.get(counted, 0))
 
     return observe
 
@@ -160,6 +181,7 @@ def _log(original: Callable[..., None]) -> Callable[..., None]:
     def log(self: Any, log_fn: Callable[..., None] = vllms) -> None:
         original(self, log_fn)
         counts: Counter[str] = vars(self).pop("orthrus", Counter())
+        _log_cascades(counts, log_fn)
         verifications = counts["verifications"]
         if not verifications:
             return
@@ -176,6 +198,17 @@ def _log(original: Callable[..., None]) -> Callable[..., None]:
         )
 
     return log
+
+
+def _log_cascades(counts: Counter[str], log_fn: Callable[..., None]) -> None:
+    by_rule = {rule: counts[f"cascade_taken_{rule}"] for rule in RULES}
+    if any(by_rule.values()):
+        log_fn(
+            "Orthrus cascades (LOSSY): %d tokens left to drafts (%s), %d of them not the model's likeliest.",
+            sum(by_rule.values()),
+            ", ".join(f"{rule} {count}" for rule, count in by_rule.items() if count),
+            sum(counts[f"cascade_departed_{rule}"] for rule in RULES),
+        )
 
 
 _UPSTREAM = "vLLM has stat logger plugins for the front end, and no way for a speculator to reach them"

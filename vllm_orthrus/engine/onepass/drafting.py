@@ -10,6 +10,7 @@ choose     Memory.choose        hypotheses about what becomes of these drafts
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from vllm_orthrus.engine.attention.blocks import BlockAttention, CachedLayer
@@ -64,6 +65,8 @@ class OnePassDrafting(Drafting):
         self.num_rejected = torch.zeros(room, dtype=torch.int64, device=device)
         self.every_row = torch.arange(room, device=device)
         self.counted = LateCounts(COUNTERS, self.memory.counters)
+        # By slot, on the host: the newest drafts come from a block that a verification carried.
+        self.rode = np.zeros(shape.max_num_reqs, dtype=bool)
         self.draft_passes = 0  # of requests; the host knows them exactly
 
     def bind(self, attention: BlockAttention, layers: list[CachedLayer], block_tables: BlockTables) -> None:
@@ -99,6 +102,7 @@ class OnePassDrafting(Drafting):
             graphs.run_fullgraph(graph)
         else:
             self.match_and_draft(padded)
+        self.rode[batch.idx_mapping_np[:num_reqs]] = True
         return True
 
     def match_and_draft(self, num_reqs: int) -> None:
@@ -155,6 +159,7 @@ class OnePassDrafting(Drafting):
 
     def finish(self, num_reqs: int, turn: Turn) -> None:
         self.draft_passes += len(turn.slots)
+        self.rode[turn.slots] = False
         fewer = turn.drafts < self.shape.drafts
         if fewer or num_reqs < turn.together or self.shape.num_hypotheses(turn.together) == 0:
             # The next verification carries no blocks, so nothing need be remembered.
@@ -169,6 +174,15 @@ class OnePassDrafting(Drafting):
             self.memory.keep_only(turn.slots)
 
     # Beside both
+
+    def informed(self, of: HostInts, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """Of a block that rode along those at its start, if it was the exact one. Fillers repeat another row's."""
+        rode = self.rode[of]
+        if not rode.any():
+            return None
+        exact = self.memory.slots.offset[slots] == 0
+        real = places < self.memory.slots.drafts.real[slots]
+        return torch.where(async_tensor_h2d(rode, slots.device), exact & real, True)
 
     def forget(self, slots: HostInts, reading: HostInts) -> None:
         self.memory.forget(slots)
