@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.conftest import StartEngine
+from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
 from tests.engine.test_features import SCHEMA
 from tests.engine.trained import OPTIONS, TINY, chat, questions, trained_head
@@ -55,12 +55,12 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 
 
 def test_forms_stay_valid_under_every_rule(drafting: Engine) -> None:
-    """200 requests bound to a schema, greedy and sampled; what a form forbids is never accepted."""
+    """208 requests bound to a schema, or a quarter of them; greedy and sampled. What a form forbids is never accepted."""
     rules = [*ASKED.values(), ALL_TO_THE_DRAFT]
     form = StructuredOutputsParams(json=SCHEMA)
     valid = 0
     for temperature in (0.0, 0.9):
-        asked = [rules[index % len(rules)] for index in range(104)]
+        asked = [rules[index % len(rules)] for index in range(104 if THOROUGH else 26)]
         given = (prompts(drafting, 13) * 8)[: len(asked)]
         sampling = {"temperature": temperature, "structured_outputs": form, "ignore_eos": False, "max_tokens": 96}
         before = drafting._counts
@@ -70,7 +70,7 @@ def test_forms_stay_valid_under_every_rule(drafting: Engine) -> None:
             jsonschema.validate(json.loads(answer.text), SCHEMA)
             valid += 1
         assert (drafting._counts - before).accepted > 0
-    assert valid >= 200
+    assert valid == (208 if THOROUGH else 52)
 
 
 def test_what_is_banned_stays_banned(drafting: Engine) -> None:

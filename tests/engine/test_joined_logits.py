@@ -243,6 +243,7 @@ def every(other: int) -> Callable[..., Hypotheses]:
     return chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engines", ["greedy"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_show(fault: str, engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +271,7 @@ def test_planted_faults_show(fault: str, engines: dict[str, Engine], monkeypatch
     assert told("once") == expected == told("twice")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("chunked prefill")
 @pytest.mark.feature("prefix caching")
 @pytest.mark.feature("preemption")

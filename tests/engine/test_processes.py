@@ -165,6 +165,7 @@ def test_workers_with_another_version_are_named(tiny: Checkpoints, copying: dict
     assert f"the engine was configured with vllm-orthrus {version('vllm-orthrus')} and vLLM" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.feature("tensor parallelism")
 def test_a_head_in_fp8_on_two_ranks(tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, tmp_path: Path) -> None:
     """Scales are of whole rows, also of the projection whose rows are cut: both ranks know the head of a single one."""
@@ -178,6 +179,7 @@ def test_a_head_in_fp8_on_two_ranks(tiny: Checkpoints, one_pass: dict[str, Any],
     assert alone[1][2] > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.feature("tensor parallelism")
 def test_one_product_on_two_ranks(
     tiny: Checkpoints, one_pass: dict[str, Any], expected: Any, on_one_rank: Any, tmp_path: Path
