@@ -55,7 +55,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 
 
 def test_forms_stay_valid_under_every_rule(drafting: Engine) -> None:
-    """208 requests bound to a schema, or a quarter of them; greedy and sampled. What a form forbids is never accepted."""
+    """208 requests bound to a schema, or a quarter of them, greedy and sampled: what it forbids is never accepted."""
     rules = [*ASKED.values(), ALL_TO_THE_DRAFT]
     form = StructuredOutputsParams(json=SCHEMA)
     valid = 0
