@@ -5,6 +5,7 @@ named there, too.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,12 @@ def notices(gate: Gate, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gate(), "the fault left something behind"
 
 
-def _placeholders_kept(patch: pytest.MonkeyPatch) -> None:
+def _placeholders_kept(sampler: Any, patch: pytest.MonkeyPatch) -> None:
     """What pads the verification of a prompt's last token is taken for drafts that the target would have said."""
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+    verify = sampler._verify
 
-    verify = RejectionSampler._verify
-
-    def faulty(self: Any, logits: Any, draft_logits: Any, drafts: torch.Tensor, pos: Any, cu: Any, *rest: Any) -> Any:
-        processed, sampled, num_sampled = verify(self, logits, draft_logits, drafts, pos, cu, *rest)
+    def faulty(logits: Any, draft_logits: Any, drafts: torch.Tensor, pos: Any, cu: Any, *rest: Any) -> Any:
+        processed, sampled, num_sampled = verify(logits, draft_logits, drafts, pos, cu, *rest)
         starts = cu.tolist()
         for index, (first, end) in enumerate(pairwise(starts)):
             if end - first > 1 and bool((drafts[first + 1 : end] < 0).all()):
@@ -52,7 +51,7 @@ def _placeholders_kept(patch: pytest.MonkeyPatch) -> None:
                 num_sampled[index] = end - first
         return processed, sampled, num_sampled
 
-    patch.setattr(RejectionSampler, "_verify", faulty)
+    patch.setattr(sampler, "_verify", faulty)
 
 
 def test_placeholders_behind_a_cached_prompt(
@@ -67,7 +66,7 @@ def test_placeholders_behind_a_cached_prompt(
         assert again.cached_tokens == 4 * 64
         return again.tokens == first.tokens and again.counts.drafted - again.counts.accepted == len(given)
 
-    notices(gate, _placeholders_kept, monkeypatch)
+    notices(gate, partial(_placeholders_kept, engine.runner.rejection_sampler), monkeypatch)
 
 
 def _limit_forgotten(patch: pytest.MonkeyPatch) -> None:

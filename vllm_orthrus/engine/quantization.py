@@ -9,15 +9,17 @@ CPUs                                none for a scale per channel that is as fast
                                     there, and no byte is saved
 """
 
+from __future__ import annotations
+
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm import envs
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
-from vllm.platforms import current_platform
 
 from vllm_orthrus.heads import Quantization
+
+if TYPE_CHECKING:  # asked where steps are priced, too, in processes that load as little of vLLM as they can
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 _EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
 _DESCRIBED: dict[Quantization, dict[str, Any]] = {
@@ -37,6 +39,8 @@ _DESCRIBED: dict[Quantization, dict[str, Any]] = {
 
 def keeps_eight_bits() -> bool:
     """Whether weights stay in eight bits here."""
+    from vllm.platforms import current_platform
+
     return not current_platform.is_cpu()
 
 
@@ -44,11 +48,16 @@ def for_linear_layers(quantization: Quantization | None) -> CompressedTensorsCon
     """What vLLM's linear layers take to learn how their weights are stored."""
     if quantization is None:
         return None
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
     return CompressedTensorsConfig.from_config(copy.deepcopy(_DESCRIBED[quantization]))  # which vLLM writes to
 
 
 def why_not_here(quantization: Quantization, dtype: torch.dtype) -> str | None:
     """Why this device does not compute with weights in eight bits, if so. dtype: the model's."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         return None
     if dtype == torch.float32:
