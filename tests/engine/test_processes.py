@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from tests import other_release
 from tests.engine.checkpoints import write_tokenizer
 from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
@@ -137,31 +138,22 @@ if __name__ == "__main__":
 """
 
 
-def other_version(folder: Path) -> Path:
-    """This package's metadata, but for the version."""
-    copied = folder / "vllm_orthrus-9.9.9.dist-info"
-    copied.mkdir()
-    (copied / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-orthrus\nVersion: 9.9.9\n")
-    (copied / "entry_points.txt").write_text(distribution("vllm-orthrus").read_text("entry_points.txt") or "")
-    return folder
-
-
 def test_workers_with_another_version_are_named(tiny: Checkpoints, copying: dict[str, Any], tmp_path: Path) -> None:
     """A process of the engine runs another release of the plugin: it says so, with both versions and its node."""
     other = tmp_path / "other"
     other.mkdir()
     script = tmp_path / "script.py"
     script.write_text(SKEWED)
-    arguments = (str(tiny.base), copying, str(other_version(other)))
+    arguments = (str(tiny.base), copying, str(other_release.write(other)))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }
     command = [sys.executable, str(script), *map(json.dumps, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert "RESULT" in done.stdout and "started" not in done.stdout
+    assert "RESULT" in done.stdout and 'RESULT "started"' not in done.stdout
     said = done.stdout + done.stderr
-    assert f"node {socket.gethostname()} has vllm-orthrus 9.9.9 and vLLM" in said, said[-3000:]
+    assert f"node {socket.gethostname()} has vllm-orthrus {other_release.RELEASE} and vLLM" in said, said[-3000:]
     assert f"the engine was configured with vllm-orthrus {version('vllm-orthrus')} and vLLM" in said
 
 

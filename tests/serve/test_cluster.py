@@ -12,36 +12,15 @@ from typing import Any
 
 import pytest
 
+from tests import other_release
 from vllm_orthrus.demo.server import free_port
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 
-# Of a node: all that is run there by Python finds this release first.
-SITE = """
-import sys
-from importlib.metadata import DistributionFinder, PathDistribution
-from pathlib import Path
-
-class Another(DistributionFinder):
-    def find_spec(self, *arguments, **named):
-        return None
-
-    def find_distributions(self, context):
-        if context.name in (None, "vllm-orthrus"):
-            yield PathDistribution(Path(__file__).parent / "vllm_orthrus-9.9.9.dist-info")
-
-sys.meta_path.insert(0, Another())
-"""
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    other = tmp_path_factory.mktemp("other")
-    (other / "sitecustomize.py").write_text(SITE)
-    (other / "vllm_orthrus-9.9.9.dist-info").mkdir()
-    metadata = "Metadata-Version: 2.1\nName: vllm-orthrus\nVersion: 9.9.9\n"
-    (other / "vllm_orthrus-9.9.9.dist-info" / "METADATA").write_text(metadata)
+    other = other_release.write(tmp_path_factory.mktemp("other"))
     started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         path = os.pathsep.join([str(other), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -60,7 +39,10 @@ def test_a_node_with_another_version_is_named(cluster: str) -> None:
     nodes = found["found"][f"Nodes of the Ray cluster {cluster}"]
     assert sorted(node["verdict"] for node in nodes) == ["RED", "ok"]
     red = next(node for node in nodes if node["verdict"] == "RED")
-    assert "vllm-orthrus 9.9.9" in red["found"] and f"vllm-orthrus=={version('vllm-orthrus')}" in red["advice"]
+    assert (
+        f"vllm-orthrus {other_release.RELEASE}" in red["found"]
+        and f"vllm-orthrus=={version('vllm-orthrus')}" in red["advice"]
+    )
     others = [one for title, list in found["found"].items() if "cluster" not in title for one in list]
     assert not any(one["verdict"] == "RED" for one in others), "without the cluster all is well"
 
