@@ -65,7 +65,10 @@ def start_form(form: None, start: StartEngine, tiny: Checkpoints) -> StartForm:
     return start_it
 
 
-@pytest.mark.parametrize(("passes", "vocabulary"), [("one", "twice"), ("one", "once"), ("two", "auto")])
+@pytest.mark.parametrize(
+    ("passes", "vocabulary"),
+    [("one", "once"), pytest.param("one", "twice", marks=pytest.mark.slow), ("two", "auto")],
+)
 def test_tells_what_the_twins_tell(
     passes: str, vocabulary: str, start_form: StartForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
