@@ -1,9 +1,11 @@
 """Tiny random checkpoints: no training, no network, and greedy output that is not one token for ever."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -116,3 +118,13 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[-1]).save_pretrained(folder)
+
+
+def write_with_vocabulary(size: int, block_size: int, folder: Path) -> tuple[Path, Path]:
+    """A base and a head with so small a vocabulary that a few hundred samples fill it."""
+    here = sys.modules[__name__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIG, "vocab_size", size)
+        patch.setattr(here, "VOCAB", size)
+        patch.setattr(here, "MASK", size - 1)
+        return write_base(folder / "base"), write_head(folder / "head", block_size=block_size, noise=0.1)

@@ -13,6 +13,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import pytest
 import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -35,6 +36,13 @@ class Run(NamedTuple):
     preemptions: int
     cached_tokens: int
     outputs: list[Any]
+
+
+class Listening(NamedTuple):
+    """vLLM's periodic log of an engine."""
+
+    logger: Any
+    said: list[str]
 
 
 class Engine:
@@ -142,3 +150,14 @@ def says_the_same_under_pressure(engine: Engine, plain: Engine) -> None:
     assert first.tokens == again.tokens == expected
     assert first.preemptions + again.preemptions > 0
     assert again.cached_tokens > 0
+
+
+def listen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Listening:
+    """To what an interval's log says, from now on, whenever `logger.log` ends one."""
+    from vllm.v1.metrics.loggers import LoggingStatLogger
+
+    logger, said = LoggingStatLogger(engine.llm.llm_engine.vllm_config), list[str]()
+    monkeypatch.setattr("vllm.v1.metrics.loggers.logger.info", lambda text, *values: said.append(text % values))
+    manager = engine.llm.llm_engine.logger_manager
+    monkeypatch.setattr(manager, "stat_loggers", [*manager.stat_loggers, logger])
+    return Listening(logger, said)

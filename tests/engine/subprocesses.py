@@ -9,14 +9,18 @@ from typing import Any
 
 
 def result_of(folder: Path, script: str, *arguments: Any, multiprocessing: bool = False) -> Any:
-    """Run a script that finds its arguments as JSON and ends by printing `RESULT` and JSON."""
+    """Of a script that finds its arguments as JSON and ends by printing `RESULT` and JSON."""
+    done = run(folder, script, *arguments, multiprocessing=multiprocessing)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert results, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(results[0].removeprefix("RESULT"))
+
+
+def run(folder: Path, script: str, *arguments: Any, multiprocessing: bool = False) -> subprocess.CompletedProcess[str]:
     file = folder / "script.py"
     file.write_text(script)
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocessing))
     command = [sys.executable, str(file), *(json.dumps(argument) for argument in arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert results, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(results[0].removeprefix("RESULT"))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -11,7 +11,7 @@ from scipy import stats
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from tests.engine import checkpoints
+from tests.engine.checkpoints import write_with_vocabulary
 from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
 from vllm_orthrus.cascades import verify
@@ -42,15 +42,7 @@ CASCADES = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    patch = pytest.MonkeyPatch()
-    patch.setitem(checkpoints.CONFIG, "vocab_size", VOCAB)
-    patch.setattr(checkpoints, "VOCAB", VOCAB)
-    patch.setattr(checkpoints, "MASK", VOCAB - 1)
-    folder = tmp_path_factory.mktemp("small-vocabulary")
-    base = checkpoints.write_base(folder / "base")
-    head = checkpoints.write_head(folder / "head", block_size=BLOCK, noise=0.1)
-    patch.undo()
-    return base, head
+    return write_with_vocabulary(VOCAB, BLOCK, tmp_path_factory.mktemp("small-vocabulary"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.conftest import THOROUGH, StartEngine
-from tests.engine.harness import Engine
+from tests.engine.harness import Engine, listen
 from tests.engine.test_features import SCHEMA
 from tests.engine.trained import OPTIONS, TINY, chat, questions, trained_head
 from vllm_orthrus.cascades.rules import RULES
@@ -140,13 +140,7 @@ def test_tokens_left_to_drafts_are_counted(drafting: Engine) -> None:
 
 
 def test_a_line_in_the_log(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.metrics.loggers import LoggingStatLogger
-
-    logger = LoggingStatLogger(drafting.llm.llm_engine.vllm_config)
-    said: list[str] = []
-    monkeypatch.setattr("vllm.v1.metrics.loggers.logger.info", lambda text, *values: said.append(text % values))
-    manager = drafting.llm.llm_engine.logger_manager
-    monkeypatch.setattr(manager, "stat_loggers", [*manager.stat_loggers, logger])
+    logger, said = listen(drafting, monkeypatch)
     write(drafting, prompts(drafting, 2), [ASKED["diff"]] * 2)
     logger.log()
     assert [line for line in said if "LOSSY" in line and "left to drafts (diff " in line]

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -82,11 +82,10 @@ def test_the_cost_model_decides(device: str, how: str, joined: set[int], monkeyp
     """For the released heads with default settings."""
     monkeypatch.setattr(logits, "device_of", lambda: find_device(device))
     monkeypatch.setattr(logits, "model_of", lambda config: Model())
-    config = Mock()
-    config.speculative_config.orthrus_vocabulary = how
-    config.parallel_config.enable_batch_sharded_sampling = False
+    parallel = SimpleNamespace(enable_batch_sharded_sampling=False)
+    config: Any = SimpleNamespace(speculative_config=SimpleNamespace(orthrus_vocabulary=how), parallel_config=parallel)
     assert logits.requests_joined(RELEASED, config) == joined
-    config.parallel_config.enable_batch_sharded_sampling = True
+    parallel.enable_batch_sharded_sampling = True
     assert not logits.requests_joined(RELEASED, config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
-from tests.engine.harness import Engine, prompts
+from tests.engine.harness import Engine, listen, prompts
 from tests.engine.test_lossless import HostReads
 from vllm_orthrus.engine.onepass.counters import LateCounts
 from vllm_orthrus.kernels.take_up import COUNTERS
@@ -139,13 +139,7 @@ def test_asynchronous_scheduling(start: StartEngine, tiny: Checkpoints) -> None:
 
 
 def test_a_line_in_the_log(drafting: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.metrics.loggers import LoggingStatLogger
-
-    logger = LoggingStatLogger(drafting.llm.llm_engine.vllm_config)
-    said: list[str] = []
-    monkeypatch.setattr("vllm.v1.metrics.loggers.logger.info", lambda text, *values: said.append(text % values))
-    manager = drafting.llm.llm_engine.logger_manager
-    monkeypatch.setattr(manager, "stat_loggers", [*manager.stat_loggers, logger])
+    logger, said = listen(drafting, monkeypatch)
     drafting.run(prompts(2), 16)
     logger.log()
     lines = [line for line in said if "Orthrus" in line]

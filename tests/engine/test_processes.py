@@ -1,10 +1,6 @@
 """Across processes: spawned engine cores and workers, tensor parallelism, and the HTTP server."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +13,7 @@ from tests import other_release
 from tests.engine.checkpoints import write_tokenizer
 from tests.engine.conftest import Checkpoints
 from tests.engine.harness import prompts
-from tests.engine.subprocesses import result_of
+from tests.engine.subprocesses import result_of, run
 from vllm_orthrus.demo.server import Server, serving
 from vllm_orthrus.patches.metrics import METRICS
 from vllm_orthrus.patches.versions import vllm_is
@@ -142,15 +138,8 @@ def test_workers_with_another_version_are_named(tiny: Checkpoints, copying: dict
     """A process of the engine runs another release of the plugin: it says so, with both versions and its node."""
     other = tmp_path / "other"
     other.mkdir()
-    script = tmp_path / "script.py"
-    script.write_text(SKEWED)
     arguments = (str(tiny.base), copying, str(other_release.write(other)))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    }
-    command = [sys.executable, str(script), *map(json.dumps, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(tmp_path, SKEWED, *arguments, multiprocessing=True)
     assert "RESULT" in done.stdout and 'RESULT "started"' not in done.stdout
     said = done.stdout + done.stderr
     assert f"node {socket.gethostname()} has vllm-orthrus {other_release.RELEASE} and vLLM" in said, said[-3000:]

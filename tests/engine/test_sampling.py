@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine import checkpoints
+from tests.engine.checkpoints import write_with_vocabulary
 from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
 from vllm_orthrus.heads import open_head, save_head
@@ -34,16 +34,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int64]]  # [samples, length]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """A vocabulary small enough that a few hundred samples fill it."""
-    patch = pytest.MonkeyPatch()
-    patch.setitem(checkpoints.CONFIG, "vocab_size", VOCAB)
-    patch.setattr(checkpoints, "VOCAB", VOCAB)
-    patch.setattr(checkpoints, "MASK", VOCAB - 1)
-    folder = tmp_path_factory.mktemp("small-vocabulary")
-    base = checkpoints.write_base(folder / "base")
-    head = checkpoints.write_head(folder / "head", block_size=6, noise=0.1)
-    patch.undo()
-    return base, head
+    return write_with_vocabulary(VOCAB, 6, tmp_path_factory.mktemp("small-vocabulary"))
 
 
 def sample(engine: Engine, seed: int, temperature: float) -> Tokens:

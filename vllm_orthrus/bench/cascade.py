@@ -41,7 +41,8 @@ RATIO = 0.05  # of `relaxed`, while k is varied
 
 def run_cascade(asked: argparse.Namespace) -> int:
     out = prepare(asked, ("per_class",))
-    unknown = [rule for rule in asked.rules if rule not in RULES]
+    rules = asked.rules or list(RULES)
+    unknown = [rule for rule in rules if rule not in RULES]
     if unknown:
         raise UserError(f"--rules {' '.join(unknown)}: known are {', '.join(RULES)}.")
     settings = settings_for(asked)
@@ -53,7 +54,7 @@ def run_cascade(asked: argparse.Namespace) -> int:
     print(f"logs in {settings.logs}", flush=True)
     expected = answers_of(Path(asked.dataset))
     classes = {kind: prompts[: asked.per_class] for kind, prompts in classes_of(asked).items()}
-    cascades = list(to_try(asked.rules, asked.alphas, asked.ks))
+    cascades = list(to_try(rules, asked.alphas, asked.ks))
     rows = []
     with starting(settings, [way]) as engines, tqdm(total=len(classes) * (1 + len(cascades))) as progress:
         sampling = {"temperature": settings.temperature, "max_tokens": settings.tokens}

