@@ -30,6 +30,13 @@ class Probable(NamedTuple):
     probability: Tensor  # [R, K+1, count] float32, falling
 
 
+class Likeliest(NamedTuple):
+    """For R requests with P rows each."""
+
+    tokens: Tensor  # [R, P, count] int64
+    probability: Tensor  # [R, P, count] float32, falling
+
+
 def most_probable(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int) -> Probable:
     """logits [R * K + R, V], those of the rows behind last; drafts [R, K]; temperature [R]."""
     form = launch if runs_triton(logits.device) else naive
@@ -49,8 +56,43 @@ def from_probabilities(probabilities: Tensor, drafts: Tensor, count: int) -> Pro
     return Probable(probabilities[:, :-1].gather(2, drafts[..., None]).squeeze(2), tokens, probability)
 
 
+def likeliest(logits: Tensor, behind: bool, temperature: Tensor, count: int) -> Likeliest:
+    """The same where no draft has been made yet: logits [R * K, V], and behind them, if there are such, R rows more."""
+    form = launch_likeliest if runs_triton(logits.device) else naive_likeliest
+    return form(logits, behind, temperature, count)
+
+
+def naive_likeliest(logits: Tensor, behind: bool, temperature: Tensor, count: int) -> Likeliest:
+    reqs = len(temperature)
+    drafting = logits[: len(logits) - reqs * behind].unflatten(0, (reqs, -1))  # [R, K, V]
+    rows = torch.cat((drafting, logits[len(logits) - reqs :, None]), dim=1) if behind else drafting
+    scaled = rows.float() / torch.where(temperature > 0, temperature, 1)[:, None, None]
+    probability, tokens = scaled.softmax(-1).topk(min(count, logits.shape[1]), dim=-1)
+    return Likeliest(tokens, probability)
+
+
+def launch_likeliest(
+    logits: Tensor, behind: bool, temperature: Tensor, count: int, stretch: int = STRETCH
+) -> Likeliest:
+    reqs = len(temperature)
+    return Likeliest(*_launch(logits, reqs, len(logits) // reqs, behind, None, temperature, count, stretch)[1:])
+
+
 def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stretch: int = STRETCH) -> Probable:
-    reqs, places, vocabulary = len(drafts), drafts.shape[1] + 1, logits.shape[1]
+    return _launch(logits, len(drafts), drafts.shape[1] + 1, True, drafts, temperature, count, stretch)
+
+
+def _launch(
+    logits: Tensor,
+    reqs: int,
+    places: int,
+    behind: bool,
+    drafts: Tensor | None,
+    temperature: Tensor,
+    count: int,
+    stretch: int,
+) -> Probable:
+    vocabulary = logits.shape[1]
     require_packed(logits=logits, drafts=drafts, temperature=temperature)
     count = min(count, vocabulary)
     stretches = triton.cdiv(vocabulary, stretch)
@@ -70,6 +112,7 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
         vocabulary,
         stretches,
         PLACES=places,
+        BEHIND=behind,
         COUNT=count,
         TILE=triton.next_power_of_2(min(stretch, vocabulary)),
         num_warps=8,
@@ -85,7 +128,7 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
         reqs,
         temperature,
         drafts,
-        drafts.stride(0),
+        0 if drafts is None else drafts.stride(0),
         largest,
         sums,
         values,
@@ -93,6 +136,7 @@ def launch(logits: Tensor, drafts: Tensor, temperature: Tensor, count: int, stre
         *out,
         stretches,
         PLACES=places,
+        BEHIND=behind,
         COUNT=count,
         STRETCHES_TILE=triton.next_power_of_2(stretches),
         TILE=triton.next_power_of_2(stretches * count),
@@ -115,12 +159,13 @@ def _scan_kernel(
     vocabulary,
     stretches,
     PLACES: tl.constexpr,
+    BEHIND: tl.constexpr,
     COUNT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     stretch = tl.program_id(1)
-    degrees = tl.load(temperature + _place(row, reqs, PLACES)[0]).to(tl.float32)
+    degrees = tl.load(temperature + _place(row, reqs, PLACES, BEHIND)[0]).to(tl.float32)
     token = stretch * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * row_stride + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
     x = x / tl.where(degrees > 0, degrees, 1.0)
@@ -152,12 +197,13 @@ def _merge_scans_kernel(
     out_probability,
     stretches,
     PLACES: tl.constexpr,
+    BEHIND: tl.constexpr,
     COUNT: tl.constexpr,
     STRETCHES_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    req, place = _place(row, reqs, PLACES)
+    req, place = _place(row, reqs, PLACES, BEHIND)
     to = req * PLACES + place
     degrees = tl.load(temperature + req).to(tl.float32)
     degrees = tl.where(degrees > 0, degrees, 1.0)
@@ -178,15 +224,18 @@ def _merge_scans_kernel(
         tl.store(out_probability + to * COUNT + rank, tl.exp(tl.max(x, 0) - top) / total)
         x = tl.where(taken, float("-inf"), x)
 
-    drafted = place < PLACES - 1
-    draft = tl.load(drafts + req * drafts_stride + place, mask=drafted, other=0)
-    logit = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
-    tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(logit - top) / total, mask=drafted)
+    if drafts is not None:
+        drafted = place < PLACES - 1
+        draft = tl.load(drafts + req * drafts_stride + place, mask=drafted, other=0)
+        logit = tl.load(logits + row * row_stride + draft, mask=drafted, other=0.0).to(tl.float32) / degrees
+        tl.store(out_confidence + req * (PLACES - 1) + place, tl.exp(logit - top) / total, mask=drafted)
 
 
 @triton.jit
-def _place(row, reqs, PLACES: tl.constexpr):
+def _place(row, reqs, PLACES: tl.constexpr, BEHIND: tl.constexpr):
     """Whose row of logits this is, and the draft's place that it speaks of."""
+    if not BEHIND:
+        return row // PLACES, row % PLACES
     drafting = row < reqs * (PLACES - 1)
     req = tl.where(drafting, row // (PLACES - 1), row - reqs * (PLACES - 1))
     return req, tl.where(drafting, row % (PLACES - 1), PLACES - 1)

@@ -3,6 +3,10 @@
     python make_base.py --work WORK
 
 leaves `base/` and `heldout.jsonl` beside this file, and the training chats in WORK/train.jsonl.
+
+    python make_base.py --work WORK --chats-only
+
+writes the training chats of the base that is there, and nothing else.
 """
 
 import argparse
@@ -16,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from chat_tokenizer import END_OF_TEXT, IM_END, VOCAB_SIZE, chat_parts, train_tokenizer
 from corpus import CLASSES, LOW_ENTROPY, Sample, held_out_samples, train_samples, write_jsonl
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -209,6 +220,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop training after this long, if sooner")
     parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--resume", action="store_true", help="train the base in --out further, on the rows reshuffled")
+    parser.add_argument("--chats-only", action="store_true", help="write WORK/train.jsonl for the base in --out")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     folder = args.out / "base"
@@ -217,8 +229,11 @@ def main() -> None:
     # The tokenizer learns from chats that no prompt of the held-out set has been removed from yet: the limit on
     # held-out prompts is in tokens. Its source is the training side only, so nothing held out is seen.
     chats = train_samples(COUNTS, [])
-    texts = (text for sample in chats[::4] for text in (sample["prompt"], sample["answer"]))
-    tokenizer = train_tokenizer(texts, folder, MAX_POSITIONS)
+    if args.chats_only:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        texts = (text for sample in chats[::4] for text in (sample["prompt"], sample["answer"]))
+        tokenizer = train_tokenizer(texts, folder, MAX_POSITIONS)
 
     def short_enough(sample: Sample) -> bool:
         return len(tokenizer(chat_parts(sample["prompt"], "")[0])["input_ids"]) <= MAX_PROMPT_TOKENS
@@ -226,8 +241,10 @@ def main() -> None:
     held_out = held_out_samples(HELD_OUT_PER_CLASS, short_enough)
     asked = {sample["prompt"] for sample in held_out}
     chats = [sample for sample in chats if sample["prompt"] not in asked]
-    write_jsonl(args.out / "heldout.jsonl", held_out)
     write_jsonl(args.work / "train.jsonl", chats)
+    if args.chats_only:
+        return
+    write_jsonl(args.out / "heldout.jsonl", held_out)
 
     pad = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     rows = pack(encode(chats, tokenizer, everything=True), pad)

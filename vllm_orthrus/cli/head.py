@@ -51,6 +51,9 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
     verify.add_argument("--device", default="cpu")
     verify.add_argument("--seed", type=int, default=0)
+    verify.add_argument(
+        "--selector", default="auto", help="auto: the head's own; off; or a folder or repository with another"
+    )
     verify.add_argument("--json", type=Path, help="write the figures to this file, too")
     verify.set_defaults(run=run_verify)
 
@@ -72,6 +75,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         "shape": f"{shape.model_type}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, vocabulary {shape.vocab_size}",
         "tensors": f"{len(shapes)}, {numbers / 1e6:.2f} M parameters",
+        "selector": _selector_fact(head.selector),
         "quantization": stored[config.quantization] if config.quantization else "none",
         "found by name": f"{config.base.name} -> {resolved}" if resolved else "no: give it as `model` when serving",
     }
@@ -80,6 +84,13 @@ def run_inspect(options: argparse.Namespace) -> int:
     head.check_complete()
     print("complete: every tensor that the base calls for is there")
     return _say_nonsense(head)
+
+
+def _selector_fact(selector: Any) -> str:
+    if selector is None:
+        return "none"
+    numbers = 3 * selector.shape.rank
+    return f"rank {selector.shape.rank}, {selector.shape.candidates} candidates, {numbers} x hidden parameters"
 
 
 def _say_nonsense(head: Any) -> int:
@@ -145,7 +156,9 @@ def run_verify(options: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     prompts = first_per_class(read_prompts(options.prompts, tokenizer), options.per_class)
     dtype = getattr(torch, options.dtype)
-    reference = Reference.from_pretrained(options.base, options.head, dtype, options.device, options.revision)
+    reference = Reference.from_pretrained(
+        options.base, options.head, dtype, options.device, options.revision, options.selector
+    )
     setting = Setting(options.max_new_tokens, options.temperature, options.drafts, options.width, seed=options.seed)
     started = time.monotonic()
     generations = decode(reference, prompts, [tokenizer.eos_token_id], setting, show_progress=True)

@@ -17,7 +17,7 @@ from vllm_orthrus.cascades.choice import NAME, REFUSE, Cascade, obstacle, read_r
 from vllm_orthrus.engine.quantization import why_not_here
 from vllm_orthrus.engine.skew import versions_here
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.heads import HeadConfig, is_folder, open_head, read_head_config, resolve_head
+from vllm_orthrus.heads import HeadConfig, find_selector, is_folder, open_head, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
@@ -125,6 +125,10 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
     once its outcome is known. "once": in one product for all rows that may come to draft, whose logits then take
     memory. "auto": once for as many requests as that is quicker for, by this device's roofline; on CPUs hardly ever."""
 
+    orthrus_selector: str = "auto"
+    """What reads the draft before when the next is chosen. "auto": the head's own, if it has one. "off": each row
+    speaks for itself. Else a folder or repository that `vllm-orthrus train --selector-only` made for this head."""
+
     orthrus_cascade: dict[str, Any] | str | None = None
     """LOSSY. The rule by which requests that say nothing leave tokens to the draft, as {"rule": "token_v3", "alpha":
     0.2}. Unset, there is none, and only requests that ask for one have it; "refuse" refuses those. The page on cascades
@@ -138,6 +142,9 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     orthrus_drafting_rows: int | None = field(default=None, init=False)
     """Filled in from the head: how many rows of a block were taught to predict."""
+
+    orthrus_selector_revision: str | None = field(default=None, init=False)
+    """Filled in: the commit of a selector's own repository, which every worker opens."""
 
     orthrus_versions: dict[str, str] = field(default_factory=versions_here, init=False)
     """Filled in: what is installed where the engine is configured. Workers compare it with what they find."""
@@ -229,6 +236,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         self.model = source
         if self.made_up:
             head, self.revision = read_head_config(source, self.revision, self.head_cache)
+            self._choose_selector(head.selector is not None)
             return head
         # Workers open the head by this revision, which is a commit now.
         checkpoint = open_head(source, self.revision, self.head_cache)
@@ -236,7 +244,49 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         for warning in checkpoint.config.check_fits(base_config, target.model):
             _logger().warning("%s", warning)
         checkpoint.check_complete()
+        self._choose_selector(checkpoint.selector is not None)
+        if self.has_selector:
+            selector = find_selector(self.orthrus_selector, checkpoint, None, self.head_cache)
+            assert selector is not None
+            for warning in selector.check_fits(base_config, base_config.hidden_size, target.model):
+                _logger().warning("%s", warning)
+            self.orthrus_selector_revision = selector.revision
         return checkpoint.config
+
+    @property
+    def has_selector(self) -> bool:
+        return self.orthrus_selector != "off"
+
+    def _choose_selector(self, of_head: bool) -> None:
+        """of_head: there is one beside the head."""
+        asked = self.orthrus_selector
+        if asked == "":
+            raise ValueError("orthrus_selector='' names nothing. Leave it out, or give 'auto', 'off' or a folder.")
+        if asked == "off":
+            return
+        if self.made_up and asked != "auto":
+            raise ValueError(
+                f"orthrus_selector={asked!r} does not go with draft_load_config.load_format='dummy', which makes up "
+                "what a head has. Leave one of them out."
+            )
+        obstacle = next(
+            (
+                f"{name}=True {reason}"
+                for name, value, reason in (
+                    ("use_local_argmax_reduction", self.use_local_argmax_reduction, "hides the drafts' probabilities"),
+                    ("enable_adaptive_verification", self.enable_adaptive_verification, "reads each row by itself"),
+                )
+                if value
+            ),
+            None,
+        )
+        if asked != "auto" and obstacle is not None:
+            raise ValueError(
+                f"orthrus_selector={asked!r} does not go with {obstacle}. Leave that out, or set orthrus_selector to "
+                "'off'."
+            )
+        if asked == "auto" and (not of_head or obstacle is not None):
+            self.orthrus_selector = "off"
 
     def _choose_quantization(self, head: HeadConfig) -> None:
         asked = self.orthrus_head_quantization

@@ -6,6 +6,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_orthrus.engine.quantization import keeps_eight_bits
+from vllm_orthrus.engine.selector import load_selector
 from vllm_orthrus.engine.view import DiffusionView
 from vllm_orthrus.engine.vllm import (
     VllmConfig,
@@ -26,11 +27,11 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
     kept = quantization if keeps_eight_bits() else None
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(model_config.dtype), device:
         view = DiffusionView(shape, target, kept)
-    if config.made_up:
+    head = None if config.made_up else open_head(config.model, config.revision, config.head_cache)
+    if head is None:
         for parameter in view.parameters():
             initialize_single_dummy_weight(parameter)
     else:
-        head = open_head(config.model, config.revision, config.head_cache)
         tensors = head.stored()
         if quantization is not None and head.config.quantization is None:
             # Whole, before ranks take their shares, and by what converts a head: the same weights come of both.
@@ -41,12 +42,14 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
         nonsense = find_nonsense(dequantized(view.named_parameters()))
         _warn_of_nonsense(nonsense, config.model)
         view.drafts_nothing = nonsense.drafts_nothing
+    view.selector = load_selector(vllm_config, target, head, device)
     # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
     size = sum(parameter.nbytes for parameter in view.parameters())
     process_weights_after_loading(view, model_config, device)
     logger.info(
-        "Orthrus head %s%s: %.2f GiB on this rank, all else is the target's. Blocks of %d rows give %d drafts.",
+        "Orthrus head %s%s%s: %.2f GiB on this rank, all else is the target's. Blocks of %d rows give %d drafts.",
         config.model,
+        "" if view.selector is None else f" with a selector of rank {view.selector.shape.rank}",
         f" in {quantization}" if kept else f" rounded to {quantization}" if quantization else "",
         size / 2**30,
         config.orthrus_block_size,

@@ -70,11 +70,18 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
         self.graphs: BlockGraphs | None = None
         self.outcome_graphs: OutcomeGraphs | None = None
 
+    def draft_logits_spec(self, vllm_config: VllmConfig) -> tuple[torch.dtype, float]:
+        """What is kept of the distributions that drafts are drawn from: a selector's are over its candidates only."""
+        dtype, fill = super().draft_logits_spec(vllm_config)
+        return dtype, float("-inf") if vllm_config.speculative_config.has_selector else fill
+
     # Setting up, in the order in which vLLM calls
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         config = self.speculative_config
         view = load_view(self.vllm_config, target_model, self.device)
+        if view.selector is not None:
+            self.sampler.select_by(view.selector)
         if config.orthrus_passes == "one":
             self.drafting = OnePassDrafting(view, self.shape, self.rows, self.sampler, self.vllm_config, self.device)
         else:
@@ -208,6 +215,7 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             for width in self.draft_pass.widths:
                 attend_to_nothing(self.draft_pass.attention, self.rows.blocks(num_reqs, 0, width))
         rotate_nothing(self.model.layers[0], self.model.target.model.layers[0].self_attn.rotary_emb)
+        self.sampler.warm_up(self.model, self.draft_pass.widths)
         self.drafting.warm_up(input_batch)
         self.warm = True
 

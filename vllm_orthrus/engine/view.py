@@ -13,6 +13,7 @@ from vllm_orthrus.engine.attention.blocks import BlockAttention
 from vllm_orthrus.engine.fused_ops import fused, unfused_ops
 from vllm_orthrus.engine.quantization import for_linear_layers
 from vllm_orthrus.engine.rotation import projected, rotate, rotates_plainly
+from vllm_orthrus.engine.selector import Selector
 from vllm_orthrus.heads import BaseShape, HeadError, Quantization, expected_tensors, tensor_place
 
 
@@ -83,6 +84,7 @@ class DiffusionView(nn.Module):
         super().__init__()
         self._target = (target,)  # a tuple is no submodule
         self.shape, self.quantization = shape, quantization
+        self.selector: Selector | None = None
         self.layers = nn.ModuleList(
             DiffusionAttention(shape, layer.self_attn, f"orthrus.layers.{index}", quantization)
             for index, layer in enumerate(target.model.layers)

@@ -13,14 +13,22 @@ either of two layouts:
 """
 
 from vllm_orthrus.heads.base import BaseShape, base_fingerprint
-from vllm_orthrus.heads.checkpoint import HeadCheckpoint, open_head, read_head_config
+from vllm_orthrus.heads.checkpoint import HeadCheckpoint, find_selector, open_head, read_head_config
 from vllm_orthrus.heads.config import BaseRef, HeadConfig
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import WEIGHTS, WEIGHTS_INDEX, is_folder, open_files
 from vllm_orthrus.heads.locate import BUILTIN_HEADS, HEAD_MAP_VARIABLE, resolve_head
 from vllm_orthrus.heads.nonsense import Nonsense, find_nonsense
 from vllm_orthrus.heads.quantize import QUANTIZATIONS, Quantization, dequantized, quantized
-from vllm_orthrus.heads.store import save_head, write_json, write_tensors
+from vllm_orthrus.heads.selector import (
+    SelectorCheckpoint,
+    SelectorShape,
+    named_parts,
+    open_selector,
+    save_selector,
+)
+from vllm_orthrus.heads.store import save_head
+from vllm_orthrus.heads.store_files import write_json, write_tensors
 from vllm_orthrus.heads.tensors import (
     NORMS,
     PROJECTIONS,
@@ -46,19 +54,25 @@ __all__ = [
     "HeadError",
     "Nonsense",
     "Quantization",
+    "SelectorCheckpoint",
+    "SelectorShape",
     "base_fingerprint",
     "base_tensor_name",
     "dequantized",
     "expected_tensors",
     "find_nonsense",
+    "find_selector",
     "is_folder",
     "is_head_tensor",
+    "named_parts",
     "open_files",
     "open_head",
+    "open_selector",
     "quantized",
     "read_head_config",
     "resolve_head",
     "save_head",
+    "save_selector",
     "tensor_name",
     "tensor_place",
     "write_json",

@@ -12,6 +12,13 @@ from vllm_orthrus.heads.config import QUANTIZATION, HeadConfig, Layout, layout_o
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import open_files, open_tensors
 from vllm_orthrus.heads.quantize import dequantized
+from vllm_orthrus.heads.selector import (
+    SelectorCheckpoint,
+    is_selector_tensor,
+    open_selector,
+    selector_in,
+    selector_tensor,
+)
 from vllm_orthrus.heads.tensors import SCALE, check_tensors, is_head_tensor, is_projection
 
 DTYPES = ("BF16", "F16", "F32")
@@ -26,6 +33,7 @@ class HeadCheckpoint(NamedTuple):
     layout: Layout
     config: HeadConfig
     files: Mapping[str, Path]
+    selector: SelectorCheckpoint | None = None  # that lies beside it
 
     def tensors(self, device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         """Every head tensor by its value, one at a time; quantized ones in float32."""
@@ -40,6 +48,11 @@ class HeadCheckpoint(NamedTuple):
             with open_tensors(path, device) as shard:
                 for name in names:
                     yield name, shard.get_tensor(name)
+
+    def stored_with_selector(self) -> dict[str, torch.Tensor]:
+        """All that the files hold of the head, to be written elsewhere."""
+        beside = () if self.selector is None else self.selector.tensors()
+        return {**dict(self.stored()), **{selector_tensor(part): tensor for part, tensor in beside}}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes from the files' headers, without reading the data."""
@@ -69,6 +82,8 @@ class HeadCheckpoint(NamedTuple):
     def check_complete(self) -> None:
         """Raise unless exactly the tensors that this head's base calls for are there, as floats and in their shapes."""
         check_tensors(self.shapes(), self.config.shape, self.source, self.config.quantization is not None)
+        if self.selector is not None:
+            self.selector.check_fits(self.config.base_config, self.config.shape.hidden_size, self.source)
 
 
 def open_head(source: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> HeadCheckpoint:
@@ -77,7 +92,8 @@ def open_head(source: str | Path, revision: str | None = None, cache_dir: str | 
     From a repository only `config.json`, the index and the shards with `_diff` tensors are downloaded.
     """
     files, config = open_files(source, revision, cache_dir)
-    file_of = {name: file for name, file in files.file_of().items() if is_head_tensor(name)}
+    every_file = files.file_of()
+    file_of = {name: file for name, file in every_file.items() if is_head_tensor(name) and not is_selector_tensor(name)}
     if not file_of:
         raise HeadError(
             f"{source} holds no `_diff` tensors in .safetensors files. Give a merged or a head-only Orthrus checkpoint."
@@ -89,7 +105,17 @@ def open_head(source: str | Path, revision: str | None = None, cache_dir: str | 
         layout_of(config),
         HeadConfig.from_json(config, files.source),
         {name: path_of[file] for name, file in file_of.items()},
+        selector_in(files, config, every_file),
     )
+
+
+def find_selector(
+    asked: str, head: HeadCheckpoint, revision: str | None = None, cache_dir: str | Path | None = None
+) -> SelectorCheckpoint | None:
+    """asked: "auto", the head's own if it has one; "off"; or the folder or repository of another."""
+    if asked == "off":
+        return None
+    return head.selector if asked == "auto" else open_selector(asked, revision, cache_dir)
 
 
 def read_head_config(

@@ -12,13 +12,14 @@ from vllm_orthrus.heads.base import ARCHITECTURES, BaseShape, base_fingerprint, 
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.locate import BUILTIN_HEADS
 from vllm_orthrus.heads.quantize import QUANTIZATIONS, Quantization
+from vllm_orthrus.heads.selector import SELECTOR, SelectorShape
 
 Layout = Literal["merged", "head-only"]
 
 # Not vLLM's `quantization_config`, which in a merged checkpoint would speak of the base.
 QUANTIZATION = "head_quantization"
 # What merging adds to a base's config.
-_MERGED_ONLY = ("block_size", "mask_token_id", "auto_map", "use_cache", QUANTIZATION)
+_MERGED_ONLY = ("block_size", "mask_token_id", "auto_map", "use_cache", QUANTIZATION, SELECTOR)
 
 
 class BaseRef(NamedTuple):
@@ -42,6 +43,7 @@ class HeadConfig:
     shape: BaseShape
     base_config: Mapping[str, Any]
     quantization: Quantization | None = None  # how projections are stored
+    selector: SelectorShape | None = None  # that lies beside the head
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -67,10 +69,11 @@ class HeadConfig:
         name: str | None,
         revision: str | None = None,
         quantization: Quantization | None = None,
+        selector: SelectorShape | None = None,
     ) -> HeadConfig:
         ref = BaseRef(name, revision, base_fingerprint(base_config))
         shape = BaseShape.from_config(base_config)
-        return cls(block_size, mask_token_id, ref, shape, dict(base_config), quantization)
+        return cls(block_size, mask_token_id, ref, shape, dict(base_config), quantization, selector)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], source: str) -> HeadConfig:
@@ -105,6 +108,7 @@ class HeadConfig:
             name,
             revision,
             cast(Quantization | None, quantization),
+            SelectorShape.from_json(config, source),
         )
 
     def to_json(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class HeadConfig:
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
             "dtype": str(dtype).removeprefix("torch."),
-            **self.quantization_json(),
+            **self.extras_json(),
             "speculators_config": {
                 "algorithm": "orthrus",
                 "proposal_methods": [proposal],
@@ -132,9 +136,10 @@ class HeadConfig:
             "transformer_layer_config": dict(self.base_config),
         }
 
-    def quantization_json(self) -> dict[str, str]:
-        """What either layout's `config.json` says of it."""
-        return {} if self.quantization is None else {QUANTIZATION: self.quantization}
+    def extras_json(self) -> dict[str, Any]:
+        """What either layout's `config.json` says of quantization and of a selector."""
+        quantization = {} if self.quantization is None else {QUANTIZATION: self.quantization}
+        return {**quantization, **({} if self.selector is None else self.selector.to_json())}
 
     def check_fits(self, base_config: Any, base_name: str) -> list[str]:
         """Raise unless this head's tensors belong on that base; return what else differs, for a warning."""

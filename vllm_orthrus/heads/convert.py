@@ -14,7 +14,9 @@ from vllm_orthrus.heads.config import BaseRef, HeadConfig
 from vllm_orthrus.heads.errors import HeadError
 from vllm_orthrus.heads.files import CONFIG, WEIGHTS, WEIGHTS_INDEX, Files
 from vllm_orthrus.heads.quantize import Quantization, quantized
-from vllm_orthrus.heads.store import save_head, write_json, write_tensors
+from vllm_orthrus.heads.selector import is_selector_tensor
+from vllm_orthrus.heads.store import save_head
+from vllm_orthrus.heads.store_files import write_json, write_tensors
 from vllm_orthrus.heads.tensors import is_head_tensor
 
 HEAD_SHARD = "model-diff.safetensors"
@@ -34,10 +36,12 @@ def extract_head(
     ref = BaseRef(name, revision or checkpoint.config.base.revision, checkpoint.config.base.fingerprint)
     config = replace(checkpoint.config, base=ref)
     if dtype is None:
-        save_head(folder, dict(checkpoint.stored()), config)
+        save_head(folder, checkpoint.stored_with_selector(), config)
         return config
     config = replace(config, quantization=None)
-    save_head(folder, {key: tensor.to(dtype) for key, tensor in checkpoint.tensors()}, config)
+    stored = checkpoint.stored_with_selector()
+    beside = {key: tensor for key, tensor in stored.items() if is_selector_tensor(key)}
+    save_head(folder, {key: tensor.to(dtype) for key, tensor in (dict(checkpoint.tensors()) | beside).items()}, config)
     return config
 
 
@@ -54,8 +58,8 @@ def _as_stored(
     """quantization: what is to become of a head that has none."""
     config = checkpoint.config
     if quantization is None or config.quantization is not None:
-        return dict(checkpoint.stored()), config
-    return dict(quantized(checkpoint.stored())), replace(config, quantization=quantization)
+        return checkpoint.stored_with_selector(), config
+    return dict(quantized(checkpoint.stored_with_selector().items())), replace(config, quantization=quantization)
 
 
 def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path, quantization: Quantization | None = None) -> None:
@@ -80,7 +84,7 @@ def merge_head(checkpoint: HeadCheckpoint, base: Path, folder: Path, quantizatio
     shard_of |= dict.fromkeys(tensors, HEAD_SHARD)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": shard_of})
-    extra = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, **config.quantization_json()}
+    extra = {"block_size": config.block_size, "mask_token_id": config.mask_token_id, **config.extras_json()}
     write_json(folder / CONFIG, {**base_config, "architectures": ["OrthrusLM"], **extra})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a servable head beside the optimizer's state. One exists whole or not at all."""
+"""Checkpoints of a run: what it trains, servable, beside the optimizer's state. One exists whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_orthrus.heads import HeadConfig, open_head, save_head, write_json
+from vllm_orthrus.heads import HeadConfig, named_parts, open_head, open_selector, save_head, save_selector, write_json
 from vllm_orthrus.training.config import ConfigError, TrainConfig
+from vllm_orthrus.training.selector import SelectorWeights
 from vllm_orthrus.training.views import DiffusionHead
 
 OPTIMIZER = "optimizer.pt"
@@ -31,10 +32,29 @@ class Progress(NamedTuple):
     seconds: float
 
 
+class Weights(NamedTuple):
+    """What is trained, by its names in files."""
+
+    head: dict[str, torch.Tensor]  # none of a head that stays as it is
+    selector: dict[str, torch.Tensor]  # by part; none where there is none
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        return Weights(*({name: tensor.to(dtype) for name, tensor in part.items()} for part in self))
+
+
+def export(folder: Path, weights: Weights, head_config: HeadConfig) -> None:
+    """A head, a head with its selector, or a selector alone."""
+    if weights.head:
+        save_head(folder, {**weights.head, **(named_parts(weights.selector) if weights.selector else {})}, head_config)
+    else:
+        assert head_config.selector is not None
+        save_selector(folder, weights.selector, head_config.selector, head_config.base_config)
+
+
 def save(
     folder: Path,
     progress: Progress,
-    head: dict[str, torch.Tensor],
+    weights: Weights,
     head_config: HeadConfig,
     optimizer: dict[str, Any],
     config: TrainConfig,
@@ -43,7 +63,7 @@ def save(
     target = folder / f"step-{progress.step:07d}"
     unfinished = folder / f".{target.name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_head(unfinished, head, head_config)
+    export(unfinished, weights, head_config)
     torch.save(optimizer, unfinished / OPTIMIZER)
     write_json(unfinished / STATE, {**progress._asdict(), "settings": _binding(config)})
     shutil.rmtree(target, ignore_errors=True)
@@ -58,8 +78,10 @@ def newest(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def restore(path: Path, config: TrainConfig, head: DiffusionHead) -> tuple[Progress, dict[str, Any]]:
-    """Load the head's weights; returns how far the run had come and the optimizer's state."""
+def restore(
+    path: Path, config: TrainConfig, head: DiffusionHead, selector: SelectorWeights | None
+) -> tuple[Progress, dict[str, Any]]:
+    """Load the trained weights; returns how far the run had come and the optimizer's state."""
     state = json.loads((path / STATE).read_text())
     then, now = _flat(state.pop("settings")), _flat(_binding(config))
     changed = [f"{key} ({then.get(key)} -> {now.get(key)})" for key in {*then, *now} if then.get(key) != now.get(key)]
@@ -68,7 +90,10 @@ def restore(path: Path, config: TrainConfig, head: DiffusionHead) -> tuple[Progr
             f"cannot resume from {path}: settings changed: {', '.join(sorted(changed))}. Set them back, or start a new "
             "run with another `output` and `head.initial` pointing at this checkpoint."
         )
-    head.load_published(dict(open_head(path).tensors()))
+    if config.train != "selector":
+        head.load_published(dict(open_head(path).tensors()))
+    if selector is not None:
+        selector.load(dict(open_selector(path).tensors()))
     return Progress(**state), torch.load(path / OPTIMIZER, weights_only=True)
 
 

@@ -59,6 +59,19 @@ class ObjectiveConfig(Section):
     """Weight of row i is position_decay**i: below 1, early rows matter more, since a rejected draft ends its block."""
 
 
+class SelectorSettings(Section):
+    """What reads the draft before, on top of a head."""
+
+    rank: PositiveInt = 64
+    candidates: Annotated[int, Field(ge=2, le=64)] = 16
+    """The likeliest tokens of a row that it chooses from."""
+    loss: Literal["ce", "ce_tv"] = "ce"
+    """`ce`: name the AR view's token; its probabilities then tell well how many drafts will be kept. `ce_tv`: 0.1 of
+    that and 0.9 of total variation from the AR view's distribution, for drafts that are drawn at high temperatures."""
+    initial: str | None = None
+    """A selector to start from."""
+
+
 class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     final_ratio: Fraction = 0.1
@@ -100,13 +113,19 @@ class EvaluationConfig(Section):
     batch: PositiveInt = 32
 
 
+Trained = Literal["head", "selector", "both"]
+
+
 class TrainConfig(Section):
     base: str
     output: Path
     revision: str | None = None
     seed: int = 0
+    train: Trained = "head"
+    """`selector`: of a head that stays as it is, `head.initial`."""
     data: DataConfig
     head: HeadSettings = HeadSettings()
+    selector: SelectorSettings = SelectorSettings()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
@@ -118,6 +137,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"head.block_size={self.head.block_size} must be smaller than data.row_length={self.data.row_length}: "
                 "a block needs a prefix. Lengthen the rows or narrow the block."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selector_has_a_head(self) -> TrainConfig:
+        if self.train == "selector" and self.head.initial is None:
+            raise ValueError(
+                "train=selector trains what chooses among a head's drafts, and head.initial names none. Name the head "
+                "(--head on the command line), or set train to both."
             )
         return self
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vllm_orthrus.training.blocks import Blocks, Rows
+from vllm_orthrus.training.selector import SelectorWeights
 from vllm_orthrus.training.views import (
     DiffusionAttention,
     DiffusionHead,
@@ -129,9 +130,17 @@ class DualViewModel(nn.Module):
     """A frozen base and a trainable head, run side by side."""
 
     def __init__(
-        self, base: PreTrainedModel, head: DiffusionHead, attention: AttentionKind, recompute: bool = False
+        self,
+        base: PreTrainedModel,
+        head: DiffusionHead,
+        attention: AttentionKind,
+        recompute: bool = False,
+        selector: SelectorWeights | None = None,
     ) -> None:
+        """selector: is trained with the head or instead of it; its part of the loss is computed outside."""
         super().__init__()
+        self.selector = selector
+        self.frozen = not any(parameter.requires_grad for parameter in head.parameters())
         base.requires_grad_(False)
         self.embed_tokens, self.norm, self.rotary = base.model.embed_tokens, base.model.norm, base.model.rotary_emb
         weights: Any = head.layers
@@ -147,6 +156,7 @@ class DualViewModel(nn.Module):
             blocks.visible,
             flex_mask(blocks.visible, blocks.ids.shape[-1]) if self.attention == "flex" else None,
         )
-        for layer in self.layers:
-            tokens, x = layer(tokens, x, geometry, self.recompute)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            for layer in self.layers:
+                tokens, x = layer(tokens, x, geometry, self.recompute)
         return States(self.norm(tokens).detach(), self.norm(x).view(*blocks.ids.shape, -1))

@@ -50,7 +50,7 @@ class _FusedLoss(torch.autograd.Function):
         per_row = student.new_empty(len(student), dtype=_accumulation(student))
         agreed = torch.empty(len(student), dtype=torch.bool, device=student.device)
         share = (row_weights / row_weights.sum()).to(per_row.dtype)
-        for start in range(0, len(student), rows := _chunk_rows(weight)):
+        for start in range(0, len(student), rows := chunk_rows(weight)):
             part = slice(start, start + rows)
             log_s = _log_softmax(student[part], weight)  # [C, V]
             s, top = log_s.exp(), log_s.argmax(-1)
@@ -93,6 +93,6 @@ def _accumulation(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _chunk_rows(weight: Tensor) -> int:
+def chunk_rows(weight: Tensor) -> int:
     """Rows per chunk: about 128 MiB of fp32 logits, whatever the vocabulary."""
     return max(16, (1 << 25) // weight.shape[0])

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_orthrus.heads import HeadConfig, open_head
+from vllm_orthrus.heads import HeadConfig, SelectorShape, open_head, open_selector
 from vllm_orthrus.training.config import ConfigError, TrainConfig
 from vllm_orthrus.training.reference import load_base
+from vllm_orthrus.training.selector import SelectorWeights
 from vllm_orthrus.training.views import DiffusionHead
 
 
@@ -18,6 +19,7 @@ class Parts(NamedTuple):
     base: PreTrainedModel
     head: DiffusionHead
     head_config: HeadConfig
+    selector: SelectorWeights | None
 
 
 def load_parts(config: TrainConfig, device: torch.device, sharded: bool = False) -> Parts:
@@ -26,16 +28,36 @@ def load_parts(config: TrainConfig, device: torch.device, sharded: bool = False)
     dtype = torch.bfloat16 if config.run.precision == "bf16" and not sharded else torch.float32
     base = load_base(config.base, dtype, config.revision).to(device)
     base_config = base.config.to_dict()
-    mask = config.head.mask_token_id
-    mask = choose_mask_token(tokenizer, base_config["vocab_size"]) if mask is None else mask
-    head_config = HeadConfig.for_base(base_config, config.head.block_size, mask, config.base, config.revision)
+    mask, block = config.head.mask_token_id, config.head.block_size
     head = DiffusionHead(base.model.layers)
     if config.head.initial is not None:
         initial = open_head(config.head.initial)
         initial.config.check_fits(base.config, config.base)
         initial.check_complete()
         head.load_published(dict(initial.tensors()))
-    return Parts(tokenizer, base, head.to(device), head_config)
+        if config.train == "selector":  # the head stays what it is
+            mask, block = initial.config.mask_token_id, initial.config.block_size
+            head.requires_grad_(False)
+    mask = choose_mask_token(tokenizer, base_config["vocab_size"]) if mask is None else mask
+    selector = None if config.train == "head" else _selector(config, base)
+    shape = None if selector is None else selector.shape
+    head_config = HeadConfig.for_base(base_config, block, mask, config.base, config.revision, selector=shape)
+    return Parts(tokenizer, base, head.to(device), head_config, None if selector is None else selector.to(device))
+
+
+def _selector(config: TrainConfig, base: PreTrainedModel) -> SelectorWeights:
+    asked = config.selector
+    shape = SelectorShape(asked.rank, asked.candidates)
+    if asked.initial is None:
+        return SelectorWeights(base, shape)
+    initial = open_selector(asked.initial)
+    if initial.shape.rank != shape.rank:
+        raise ConfigError(
+            f"selector.rank={shape.rank}, and selector.initial={asked.initial} has rank {initial.shape.rank}. Set them "
+            "alike, or leave selector.initial out."
+        )
+    initial.check_fits(base.config, base.config.hidden_size, config.base)
+    return SelectorWeights(base, shape, dict(initial.tensors()))
 
 
 def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

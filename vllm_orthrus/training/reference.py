@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.heads import BaseShape, HeadConfig, HeadError, open_files, open_head
+from vllm_orthrus.heads import BaseShape, HeadConfig, HeadError, find_selector, open_files, open_head
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
+from vllm_orthrus.training.selector import Selector, choose_drafts
 from vllm_orthrus.training.views import DiffusionHead, Rope, View, autoregressive_view, diffusion_view
 
 Drafting = Literal["probabilistic", "greedy"]
@@ -61,10 +62,12 @@ class Cache(NamedTuple):
 
 
 class Reference:
-    """A frozen base and a head, as two views over one cache."""
+    """A frozen base and a head, as two views over one cache, and perhaps a selector of drafts."""
 
-    def __init__(self, base: PreTrainedModel, head: DiffusionHead, config: HeadConfig) -> None:
-        self.base, self.head, self.config = base.eval(), head.eval(), config
+    def __init__(
+        self, base: PreTrainedModel, head: DiffusionHead, config: HeadConfig, selector: Selector | None = None
+    ) -> None:
+        self.base, self.head, self.config, self.selector = base.eval(), head.eval(), config, selector
         self.shape = BaseShape.from_config(base.config)
         self.decoder: Any = base.model
         self.device, self.dtype = base.device, base.dtype
@@ -77,15 +80,24 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         revision: str | None = None,
+        selector: str = "auto",
     ) -> Reference:
-        """Load a base and a head, which may be one merged checkpoint. Remote code is never run."""
+        """Load a base and a head, which may be one merged checkpoint. Remote code is never run.
+
+        selector: "auto", that of the head if it has one; "off"; or where another lies.
+        """
         checkpoint = open_head(base if head is None else head, revision)
         model = load_base(base, dtype).to(device)
         checkpoint.config.check_fits(model.config, str(base))
         checkpoint.check_complete()
         weights = DiffusionHead(model.model.layers, dtype)
         weights.load_published(dict(checkpoint.tensors()))
-        return cls(model, weights.to(device), checkpoint.config)
+        found = find_selector(selector, checkpoint)
+        if found is not None:
+            found.check_fits(model.config, checkpoint.config.shape.hidden_size, str(base))
+        embedding = model.model.embed_tokens.weight
+        chosen = None if found is None else Selector.open(found, embedding)
+        return cls(model, weights.to(device), checkpoint.config, chosen)
 
     # The two views
 
@@ -184,8 +196,8 @@ class Reference:
             unfinished = [not _ended(result.tokens, max_new_tokens, stop) for result in results]
             if not any(unfinished):
                 return results
-            draft_logits = self.logits(self.diffusion(anchors, prefix, cache, width)[:, :num_drafts])
-            drafts, q = chooser.draft(draft_logits)
+            hidden = self.diffusion(anchors, prefix, cache, width)[:, :num_drafts]
+            drafts, q = chooser.draft(self.logits(hidden), hidden, anchors, self.selector)
 
             verified = torch.cat((anchors[:, None], drafts), dim=1)  # [B, K+1]
             positions = prefix[:, None] + torch.arange(num_drafts + 1, device=self.device)
@@ -226,8 +238,17 @@ class _Chooser(NamedTuple):
             return logits.argmax(-1)
         return torch.multinomial(self._probabilities(logits), 1, generator=self.generator).squeeze(1)
 
-    def draft(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def draft(
+        self, logits: Tensor, hidden: Tensor, anchors: Tensor, selector: Selector | None
+    ) -> tuple[Tensor, Tensor]:
         """Drafts [B, K] and the distribution q [B, K, V] that they were drawn from."""
+        draws = self.temperature > 0 and self.drafting == "probabilistic"
+        if selector is not None:
+            start, draw = torch.zeros_like(anchors), self._draw if draws else None
+            chosen = choose_drafts(selector, logits, hidden, anchors, start, logits.shape[1], self.temperature, draw)
+            if draws:
+                return chosen.drafts, chosen.dense(logits.shape[-1])
+            return chosen.drafts, nn.functional.one_hot(chosen.drafts, logits.shape[-1]).to(logits.dtype)
         if self.temperature == 0 or self.drafting == "greedy":
             drafts = logits.argmax(-1)
             return drafts, nn.functional.one_hot(drafts, logits.shape[-1]).to(logits.dtype)
@@ -238,6 +259,9 @@ class _Chooser(NamedTuple):
         if self.temperature == 0:
             return verify_greedy(drafts, logits)
         return verify_sampling(drafts, q, self._probabilities(logits), self.generator)
+
+    def _draw(self, q: Tensor) -> Tensor:
+        return torch.multinomial(q, 1, generator=self.generator).squeeze(1)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits / self.temperature, dim=-1)

@@ -42,6 +42,7 @@ from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, choose_hypotheses,
 from vllm_orthrus.kernels.most_probable import from_probabilities
 from vllm_orthrus.training.reference import Cache, Drafting, Reference, attend
 from vllm_orthrus.training.rejection import Verdict, verify_greedy, verify_sampling
+from vllm_orthrus.training.selector import Selector, choose_drafts
 from vllm_orthrus.training.views import Rope
 
 
@@ -71,14 +72,15 @@ class Sequences(NamedTuple):
     prompt: Tensor  # [R] which one
     prefix: Tensor  # [R] p, the anchor's position: so many tokens are committed before it
     anchors: Tensor  # [R]
-    block: Tensor  # [R, B, V] logits of the block at hand
+    block: Tensor  # [R, B, d] states of the block at hand
+    logits: Tensor  # [R, B, V] of its rows
     offset: Tensor  # [R] row of it that predicts what follows the anchor
     history: History
 
     def keep(self, rows: Tensor) -> Sequences:
-        prompt, prefix, anchors, block, offset, (seen, expected) = self
-        history = History(seen[rows], expected[rows])
-        return Sequences(prompt[rows], prefix[rows], anchors[rows], block[rows], offset[rows], history)
+        history = History(*(part[rows] for part in self.history))
+        parts = {name: part[rows] for name, part in self._asdict().items() if name != "history"}
+        return Sequences(**parts, history=history)
 
 
 class OnePass:
@@ -149,9 +151,10 @@ class OnePass:
         hidden = self.reference.autoregressive(ids, torch.arange(longest, device=device).expand_as(ids), cache)
         rows = torch.arange(len(prompts), device=device)
         anchors = self._draw(self._probabilities(self.reference.logits(hidden[rows, prefix - 1])))
-        block = self.reference.logits(self.reference.diffusion(anchors, prefix, cache, self.width))
+        block = self.reference.diffusion(anchors, prefix, cache, self.width)
         history = new_history(len(prompts), device)
-        return Sequences(rows, prefix, anchors, block, torch.zeros_like(prefix), history), cache
+        logits = self.reference.logits(block)
+        return Sequences(rows, prefix, anchors, block, logits, torch.zeros_like(prefix), history), cache
 
     def _step(self, now: Sequences, cache: Cache) -> tuple[Tensor, Tensor, list[Step], Sequences]:
         drafts, q = self._draft(now)
@@ -186,26 +189,44 @@ class OnePass:
             # The cache already holds the drafts' keys, so this is what the block would have computed in the forward.
             behind = torch.where(found, now.prefix + chosen.accepted.gather(1, at)[:, 0] + 1, now.prefix)
             fresh = self.reference.diffusion(chosen.token.gather(1, at)[:, 0], behind, cache, self.width)
-        block = torch.where(found[:, None, None], self.reference.logits(fresh), now.block)
+        block = torch.where(found[:, None, None], fresh, now.block)
+        logits = torch.where(found[:, None, None], self.reference.logits(fresh), now.logits)
 
         hit = found & (offset == 0)
         covered = count_covered(chosen, drafts.tokens, drafts.real, accepted)
         facts = (now.offset, drafts.real, accepted, hit, covered)
         steps = [Step(*row) for row in zip(*(fact.tolist() for fact in facts), strict=True)]
-        after = Sequences(now.prompt, now.prefix + accepted + 1, bonus, block, offset, history)
+        after = Sequences(now.prompt, now.prefix + accepted + 1, bonus, block, logits, offset, history)
         return bonus, drafts.tokens, steps, after
 
     def _draft(self, now: Sequences) -> tuple[Drafts, Tensor]:
         """The drafts, described, and the distributions [R, K, V] that they were drawn from."""
-        rows = (now.offset[:, None] + self.places).clamp(max=self.width - 1)  # [R, K+1]
-        q = self._probabilities(now.block.gather(1, rows[..., None].expand(-1, -1, now.block.shape[2])))
+        rows = (now.offset[:, None] + self.places).clamp(max=self.width - 1)[..., None]  # [R, K+1, 1]
+        logits = now.logits.gather(1, rows.expand(-1, -1, now.logits.shape[2]))
         real = draft_count(now.offset, self.num_drafts, self.drafting_rows)
+        if self.reference.selector is not None:
+            hidden = now.block.gather(1, rows.expand(-1, -1, now.block.shape[2]))
+            return self._select(self.reference.selector, now, logits, hidden, real)
+        q = self._probabilities(logits)
         drafted = self._draw(q[:, :-1]) if self.drafting == "probabilistic" else q[:, :-1].argmax(-1)
         said = from_probabilities(q, drafted, LOOKED_AT)
         described = describe_drafts(said, drafted, real, now.offset, self.width)
         if self.drafting == "greedy":  # drawn from nothing, whatever the rows say: q is one-hot
             return described, torch.zeros_like(q[:, :-1]).scatter_(2, drafted[..., None], 1)
         return described, q[:, :-1]
+
+    def _select(
+        self, selector: Selector, now: Sequences, logits: Tensor, hidden: Tensor, real: Tensor
+    ) -> tuple[Drafts, Tensor]:
+        draws = self.temperature > 0 and self.drafting == "probabilistic"
+        draw = self._draw if draws else None
+        chosen = choose_drafts(
+            selector, logits, hidden, now.anchors, now.offset, self.num_drafts, self.temperature, draw
+        )
+        described = describe_drafts(chosen.said(LOOKED_AT), chosen.drafts, real, now.offset, self.width)
+        if draws:
+            return described, chosen.dense(logits.shape[2])
+        return described, torch.zeros_like(logits[:, :-1]).scatter_(2, chosen.drafts[..., None], 1)
 
     def _verify(self, drafts: Drafts, q: Tensor, logits: Tensor) -> Verdict:
         """Fillers are judged like any draft: they were drawn from the last row again, with that row's q."""

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
-from vllm_orthrus.heads import save_head
 from vllm_orthrus.training import checkpoints
 from vllm_orthrus.training.blocks import anchor_places, draw_anchors, make_blocks
 from vllm_orthrus.training.checkpoints import Progress
@@ -34,6 +33,7 @@ from vllm_orthrus.training.packing import PackedRows, prepare_rows
 from vllm_orthrus.training.parts import load_parts
 from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.training.schedule import learning_rate, rows_of_step, seeded, total_steps
+from vllm_orthrus.training.selector import Selector, SelectorWeights, Taught, selector_loss
 from vllm_orthrus.training.views import published_name
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -54,7 +54,14 @@ class Trainer:
                 "evaluation.prompts cannot be used with FSDP: decoding calls parts of layers, which sharding does not "
                 "allow. Unset it, and measure checkpoints with `vllm-orthrus head verify`."
             )
-        self.tokenizer, self.base, self.head, self.head_config = load_parts(config, self.device, self.sharded)
+        if self.sharded and config.train != "head":
+            raise ConfigError(
+                f"train={config.train} cannot be used with FSDP: a selector's loss reads the base's embedding, which "
+                "sharding takes away. Train it on each GPU whole (accelerate without FSDP); it is small."
+            )
+        self.tokenizer, self.base, self.head, self.head_config, self.selector = load_parts(
+            config, self.device, self.sharded
+        )
         held_out = config.evaluation.prompts
         self.prompts = read_prompts(Path(held_out), self.tokenizer) if held_out is not None else []
         self.rows = self._prepare_rows()
@@ -69,12 +76,12 @@ class Trainer:
             )
         optimizer_state = None
         if newest is not None:
-            self.progress, optimizer_state = checkpoints.restore(newest, config, self.head)
+            self.progress, optimizer_state = checkpoints.restore(newest, config, self.head, self.selector)
         # The output weights are borrowed by the loss; sharding must not take them away from it.
         self.output_weight: Tensor = (
             self.base.lm_head.weight.detach().clone() if self.sharded else self.base.lm_head.weight
         )
-        model = DualViewModel(self.base, self.head, self._attention(), config.run.recompute)
+        model = DualViewModel(self.base, self.head, self._attention(), config.run.recompute, self.selector)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         settings = config.optimizer
         optimizer = torch.optim.AdamW(
@@ -152,7 +159,7 @@ class Trainer:
         rate = learning_rate(step, self.steps, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, agreement = 0.0, RowAgreement.empty(self.config.head.block_size)
+        total, agreement = 0.0, RowAgreement.empty(self.head_config.block_size)
         for start in range(0, len(mine), run.rows_per_device):
             with self.accelerator.accumulate(self.model):
                 loss, seen = self._loss(mine[start : start + run.rows_per_device])
@@ -167,7 +174,7 @@ class Trainer:
 
     def _loss(self, drawn: list[tuple[int, int]]) -> tuple[Tensor, RowAgreement]:
         """The objective on a few packed rows, given as (epoch, row)."""
-        objective, width = self.config.objective, self.config.head.block_size
+        objective, width = self.config.objective, self.head_config.block_size
         rows = self.rows.take([row for _, row in drawn])
         places = anchor_places(rows, width)
         # Anchors depend on epoch and row alone, not on the batch, the process or what was drawn before.
@@ -186,19 +193,40 @@ class Trainer:
         with self._precision():
             states = self.model(rows, blocks)
             taught = blocks.taught
+            if not taught.any():  # nothing to learn here, but every process must take part in the backward pass
+                nothing: Tensor = sum(weight.sum() for weight in self.model.parameters() if weight.requires_grad) * 0.0
+                return nothing, RowAgreement.empty(width)
             place = torch.arange(width, device=self.device).expand_as(taught)[taught]
-            weights = objective.position_decay ** place.float()
-            student = states.student[taught]  # [taught rows, d]
-            if len(student) == 0:  # nothing to learn here, but every process must take part in the backward pass
-                return states.student.sum() * 0.0, RowAgreement.empty(width)
             row = torch.arange(len(taught), device=self.device)[:, None, None].expand_as(taught)[taught]
-            if objective.kind == "kl":
-                of_row = row * rows.tokens.shape[1] + blocks.teacher[taught]
-                result = forward_kl(student, states.teacher.flatten(0, 1), of_row, self.output_weight, weights)
-            else:
-                labels = rows.tokens[row, blocks.teacher[taught] + 1]
-                result = cross_entropy(student, labels, self.output_weight, weights)
-        return result.loss, RowAgreement.count(place, result.agreed, width)
+            batch = Taught(
+                states.student[taught],
+                place,
+                rows.tokens.flatten(),
+                states.teacher.flatten(0, 1),
+                row * rows.tokens.shape[1] + blocks.teacher[taught],
+                objective.position_decay ** place.float(),
+            )
+            if self.selector is None:
+                return self._head_loss(batch)
+            loss, agreement = self._selector_loss(self.selector, batch)
+            if self.config.train == "both":
+                alone, agreement = self._head_loss(batch)
+                loss = loss + alone
+            return loss, agreement
+
+    def _head_loss(self, batch: Taught) -> tuple[Tensor, RowAgreement]:
+        if self.config.objective.kind == "kl":
+            result = forward_kl(batch.student, batch.teacher, batch.of_row, self.output_weight, batch.weights)
+        else:
+            labels = batch.tokens[batch.of_row + 1]
+            result = cross_entropy(batch.student, labels, self.output_weight, batch.weights)
+        return result.loss, RowAgreement.count(batch.place, result.agreed, self.head_config.block_size)
+
+    def _selector_loss(self, selector: SelectorWeights, batch: Taught) -> tuple[Tensor, RowAgreement]:
+        result = selector_loss(
+            selector, batch, self.base.model.embed_tokens.weight, self.output_weight, self.config.selector.loss
+        )
+        return result.loss, RowAgreement.count(batch.place, result.right, self.head_config.block_size)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16")
@@ -231,13 +259,16 @@ class Trainer:
             seconds=self.progress.seconds,
         )
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The head under its published names, gathered from all processes."""
+    def _weights(self) -> checkpoints.Weights:
+        """What is trained under its published names, gathered from all processes."""
         state: dict[str, Any] = get_model_state_dict(
             self._plain_model(),
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True),
         )
-        return {published_name(name): tensor for name, tensor in state.items()}
+        head = {published_name(name): tensor for name, tensor in state.items() if not name.startswith("selector.")}
+        with torch.no_grad():
+            selector = {} if self.selector is None else self.selector.parts()
+        return checkpoints.Weights(head, {part: tensor.cpu() for part, tensor in selector.items()})
 
     def _save_checkpoint(self) -> None:
         weights = self._weights()  # every process takes part in gathering
@@ -245,6 +276,15 @@ class Trainer:
         if self.main:
             checkpoints.save(self.folder, self.progress, weights, self.head_config, optimizer, self.config)
         self.accelerator.wait_for_everyone()
+
+    def _reference(self) -> Reference:
+        # A copy in the base's dtype: decoding needs neither fp32 masters nor autocast.
+        selector = None
+        if self.selector is not None:
+            with torch.no_grad():
+                parts, embedding = self.selector.parts(), self.base.model.embed_tokens.weight
+                selector = Selector.of(self.selector.shape, parts, embedding)
+        return Reference(self.base, copy.deepcopy(self.head).to(self.base.dtype), self.head_config, selector)
 
     def _evaluate(self, per_class: int | None) -> dict[str, Acceptance]:
         """Decode held-out prompts, every process its share of them, and log tokens per cycle."""
@@ -254,8 +294,7 @@ class Trainer:
         shares = [prompts[rank::processes] for rank in range(processes)]
         settings = self.config.evaluation
         mine = decode(
-            # A copy in the base's dtype: decoding needs neither fp32 masters nor autocast.
-            Reference(self.base, copy.deepcopy(self.head).to(self.base.dtype), self.head_config),
+            self._reference(),
             shares[self.accelerator.process_index],
             [self.tokenizer.eos_token_id],
             Setting(max_new_tokens=settings.max_new_tokens, batch=settings.batch),
@@ -270,11 +309,11 @@ class Trainer:
         return results
 
     def _finish(self) -> Path:
-        target = self.config.output / "head"
+        target = self.config.output / ("selector" if self.config.train == "selector" else "head")
         weights = self._weights()
         if self.main:
             dtype = torch.bfloat16 if self.config.head.dtype == "bf16" else torch.float32
-            save_head(target, {name: tensor.to(dtype) for name, tensor in weights.items()}, self.head_config)
+            checkpoints.export(target, weights.to(dtype), self.head_config)
         results = self._evaluate(None)
         if results and self.main:
             tqdm.write(table(results))

@@ -37,7 +37,9 @@ from vllm_orthrus.engine.vllm import (
     VllmConfig,
     async_tensor_h2d,
 )
+from vllm_orthrus.kernels.chances import LOOKED_AT
 from vllm_orthrus.kernels.choose import Drafted
+from vllm_orthrus.kernels.most_probable import most_probable
 from vllm_orthrus.kernels.take_up import COUNTERS, Outcome
 
 
@@ -120,25 +122,30 @@ class OnePassDrafting(Drafting):
         which = self.memory.match(rows, outcome)
         hidden = self.memory.rows(rows, which, outcome.slot)
         if num_reqs in self.logits.requests:
-            self.draft(num_reqs, self.logits.take(num_reqs, which, outcome.slot))
+            self.draft(num_reqs, hidden, self.logits.take(num_reqs, which, outcome.slot))
         else:
-            self.draft(num_reqs, self.view.compute_logits(hidden))
+            self.draft(num_reqs, hidden, self.view.compute_logits(hidden))
 
-    def draft(self, num_reqs: int, logits: torch.Tensor) -> None:
+    def draft(self, num_reqs: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Sample drafts from rows of the blocks at hand, and choose hypotheses about what becomes of them.
 
-        logits: [num_reqs * K + num_reqs, vocabulary] of these rows, and of the row behind each request's.
+        hidden, logits: [num_reqs * K + num_reqs, ...] of these rows, and of the row behind each request's.
         """
-        slot, drafting = self.rows.slots[:num_reqs, 0], num_reqs * self.shape.drafts
-        self.sampler.sample(num_reqs, logits[:drafting], self._keys(num_reqs))
+        slot, keys = self.rows.slots[:num_reqs, 0], self._keys(num_reqs)
+        drafts, temperature = self.sampler.drafts[:num_reqs], self.sampler.speculator.temperature[slot]
+        if self.sampler.selector is None:
+            self.sampler.sample(num_reqs, logits[: num_reqs * self.shape.drafts], keys)
+            said = most_probable(logits, drafts, temperature, LOOKED_AT)
+        else:
+            said = self.sampler.select(self.sampler.selector, keys, hidden, logits, self.memory.slots.offset[slot])
         drafted = Drafted(
             slot,
             self.rows.positions[:num_reqs, 0],
             self.rows.input_ids[:num_reqs, 0],
-            self.sampler.drafts[:num_reqs],
-            self.sampler.speculator.temperature[slot],
+            drafts,
+            temperature,
         )
-        self.memory.choose(drafted, logits)
+        self.memory.choose(drafted, said)
 
     def _keys(self, num_reqs: int) -> torch.Tensor:
         """Of draws [num_reqs, K], by step as well as by place: which block drafts next depended on earlier draws."""
@@ -168,7 +175,7 @@ class OnePassDrafting(Drafting):
             return
         new = async_tensor_h2d(self.memory.meet(turn.slots, num_reqs), self.drafted.device)
         hidden = self.memory.begin(self.rows.slots[:num_reqs, 0], self.drafted[:num_reqs], new)
-        self.draft(num_reqs, self.view.compute_logits(hidden))
+        self.draft(num_reqs, hidden, self.view.compute_logits(hidden))
         self.logits.known[turn.slots] = False
         if len(turn.slots):
             self.memory.keep_only(turn.slots)

@@ -11,7 +11,7 @@ from vllm_orthrus.engine.vllm import ModelConfig
 from vllm_orthrus.kernels import chances
 from vllm_orthrus.kernels.choose import Drafted, choose
 from vllm_orthrus.kernels.hypotheses import NONE
-from vllm_orthrus.kernels.most_probable import most_probable
+from vllm_orthrus.kernels.most_probable import Probable
 from vllm_orthrus.kernels.slots import Remembered, Slots
 from vllm_orthrus.kernels.take_rows import take_rows
 from vllm_orthrus.kernels.take_up import COUNTERS, Outcome, take_up
@@ -116,7 +116,6 @@ class Memory:
     def _take_rows(self, hidden: torch.Tensor, which: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         return take_rows(hidden, which, slot, self.place, self.slots.offset, self.block_hidden, self.shape.drafts)
 
-    def choose(self, drafted: Drafted, logits: torch.Tensor) -> None:
-        """Decide which hypotheses the next verification carries. logits: of the rows that draft, in their order."""
-        said = most_probable(logits, drafted.tokens, drafted.temperature, chances.LOOKED_AT)
+    def choose(self, drafted: Drafted, said: Probable) -> None:
+        """Decide which hypotheses the next verification carries, from what the rows that draft have said."""
         choose(drafted, said, self.values, self.slots, self.shape.drafting_rows, self.shape.block)
