@@ -3,7 +3,8 @@
 import gc
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -16,6 +17,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.triton_utils import dispatcher
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 
@@ -45,6 +47,23 @@ class Listening(NamedTuple):
     said: list[str]
 
 
+@contextmanager
+def started_again() -> Iterator[None]:
+    """Without what a process needs once: seconds of each start would go into it.
+
+    vLLM walks through all that all modules hold to put its kernels for CPUs in place, and looks for garbage three times
+    to tell how much memory there is, which engines here are told.
+    """
+    register = dispatcher.register_kernels
+
+    def register_new(overrides: Mapping[str, Callable[..., Any]]) -> None:
+        if not overrides.keys() <= dispatcher._registry.keys():
+            register(overrides)
+
+    with patch.object(gc, "collect"), patch.object(dispatcher, "register_kernels", register_new):
+        yield
+
+
 class Engine:
     def __init__(self, model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> None:
         settings: dict[str, Any] = {
@@ -59,7 +78,8 @@ class Engine:
             "disable_log_stats": False,
             "block_size": 32,
         }
-        self.llm = LLM(model=str(model), speculative_config=speculative, **(settings | options))
+        with started_again():
+            self.llm = LLM(model=str(model), speculative_config=speculative, **(settings | options))
         self._poison_cache()
         self._counts = Counts(0, 0, 0)
         self.accepted_at: Counter[int] = Counter()  # drafts that were kept, by their place
