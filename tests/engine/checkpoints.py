@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_orthrus.heads import HeadConfig, base_tensor_name, expected_tensors, save_head
+from vllm_orthrus.heads import (
+    HeadConfig,
+    SelectorShape,
+    base_tensor_name,
+    expected_tensors,
+    save_head,
+    save_selector,
+)
 
 VOCAB = 256
 MASK = 255
@@ -128,3 +135,10 @@ def write_with_vocabulary(size: int, block_size: int, folder: Path) -> tuple[Pat
         patch.setattr(here, "VOCAB", size)
         patch.setattr(here, "MASK", size - 1)
         return write_base(folder / "base"), write_head(folder / "head", block_size=block_size, noise=0.1)
+
+
+def write_selector(folder: Path, hidden_size: int = CONFIG["hidden_size"], candidates: int = 16) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    parts = {part: torch.randn(8, hidden_size, generator=generator) * 0.5 for part in ("previous", "gate", "candidate")}
+    save_selector(folder, parts, SelectorShape(8, candidates), CONFIG)
+    return folder

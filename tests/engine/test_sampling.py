@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.checkpoints import write_with_vocabulary
+from tests.engine.checkpoints import write_selector, write_with_vocabulary
 from tests.engine.conftest import THOROUGH, StartEngine
 from tests.engine.harness import Engine
 from vllm_orthrus.heads import open_head, save_head
+from vllm_orthrus.kernels import select
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +29,9 @@ if THOROUGH:
         ({"draft_sample_method": "greedy", "orthrus_passes": "one"}, 0.8),
         ({"draft_sample_method": "greedy", "orthrus_passes": "one"}, 1.0),
     ]
+SELECTED: list[tuple[dict[str, str], float]] = [
+    ({"draft_sample_method": "probabilistic", "orthrus_passes": passes}, 0.8) for passes in ("two", "one")
+]
 ROWS = {"orthrus_rows": 64 * 4 * 6, "orthrus_hypotheses": 3}  # room for one pass with all requests at once
 Tokens = np.ndarray[Any, np.dtype[np.int64]]  # [samples, length]
 
@@ -93,6 +97,33 @@ def test_same_distribution(
     base, head = small
     engine = start({"method": "orthrus", "model": str(head)} | ROWS | settings, model=base, max_num_seqs=64)
     assert probability_of_same_source(sample(engine, 2, temperature), plain_samples[temperature]) > 0.005
+
+
+@pytest.fixture(scope="module")
+def selector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a third of the vocabulary, so that most tokens are never drafted."""
+    return write_selector(tmp_path_factory.mktemp("selector"), candidates=4)
+
+
+@pytest.mark.feature("a selector beside the head")
+@pytest.mark.parametrize(("settings", "temperature"), SELECTED, ids=name)
+def test_same_distribution_with_a_selector(
+    settings: dict[str, Any],
+    temperature: float,
+    start: StartEngine,
+    small: tuple[Path, Path],
+    selector: Path,
+    plain_samples: dict[float, Tokens],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And another if the verification is told something else than what drafts are drawn from."""
+    base, head = small
+    settings = {"method": "orthrus", "model": str(head), "orthrus_selector": str(selector)} | ROWS | settings
+    engine = start(settings, model=base, max_num_seqs=64)
+    assert probability_of_same_source(sample(engine, 2, temperature), plain_samples[temperature]) > 0.005
+    keep = select._keep
+    monkeypatch.setattr(select, "_keep", lambda *drawn: keep(*drawn[:-1], -drawn[-1]))  # the likeliest as the least
+    assert probability_of_same_source(sample(engine, 2, temperature), plain_samples[temperature]) < 0.005
 
 
 def test_the_test_notices(
