@@ -18,6 +18,7 @@ from vllm_orthrus.kernels import (
     norm_rotate,
     prepare_block,
     prepare_hypotheses,
+    select,
     take_rows,
     take_up,
 )
@@ -26,6 +27,7 @@ from vllm_orthrus.kernels.dual_view_plan import Target
 from vllm_orthrus.kernels.slots import Remembered, Slots
 
 KIB = 1024
+RANK, CANDIDATES = 64, 16  # of a selector
 
 
 class Gpu(NamedTuple):
@@ -240,13 +242,29 @@ def bookkeeping_launches(num_reqs: int) -> dict[str, Call]:
     with recorded(most_probable, "_scan_kernel", "_merge_scans_kernel") as look:
         logits = empty(num_reqs * shape.verified, VOCABULARY, dtype=torch.bfloat16)
         said = most_probable.launch(logits, drafts, temperature, chances.LOOKED_AT)
+    with recorded(most_probable, "_scan_kernel", "_merge_scans_kernel") as look_before:
+        candidates = most_probable.launch_likeliest(logits, True, temperature, CANDIDATES)
+    with recorded(select, "_select_kernel") as selected:
+        keys, seeds, tables = (
+            empty(num_reqs, shape.drafts),
+            empty(slots + 1),
+            (empty(VOCABULARY, RANK, dtype=torch.bfloat16),) * 2,
+        )
+        of_slots = (slots + 1, shape.drafts)
+        kept_logits = empty(*of_slots, VOCABULARY, dtype=torch.bfloat16)
+        written = empty(*of_slots, CANDIDATES, dtype=torch.int32)
+        gates = empty(len(logits), RANK, dtype=torch.bfloat16)
+        of_requests = select.Blocks(slot, anchors, empty(num_reqs), temperature, gates)
+        drawn = select.Kept(seeds, keys, kept_logits, written)
+        select.launch(candidates, of_requests, select.Tables(*tables), drafts, chances.LOOKED_AT, drawn)
     with recorded(choose, "_choose_kernel") as chosen:
         drafted = choose.Drafted(slot, rows.positions[:num_reqs, 0], anchors, drafts, temperature)
         values = empty(shape.block + 1, dtype=float32)
         choose.launch(drafted, said, values, remembered, shape.drafting_rows, shape.block)
     names = ("prepare", "prepare hypotheses", "take up", "take rows", "take logits")
-    names += ("scan logits", "merge scans", "choose")
-    return dict(zip(names, (*prepare, *ride_along, *taken_up, *taken, *look, *chosen), strict=True))
+    names += ("scan logits", "merge scans", "scan candidates", "merge candidates", "select", "choose")
+    launches = (*prepare, *ride_along, *taken_up, *taken, *look, *look_before, *selected, *chosen)
+    return dict(zip(names, launches, strict=True))
 
 
 def remembered_slots(shape: DraftShape) -> Slots:

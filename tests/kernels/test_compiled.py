@@ -51,6 +51,9 @@ def test_resources(version: str) -> None:
         "take rows",
         "scan logits",
         "merge scans",
+        "scan candidates",
+        "merge candidates",
+        "select",
         "choose",
     ):
         assert f"| {kernel} | sm_90 |" in found.stdout

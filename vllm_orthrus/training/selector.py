@@ -8,6 +8,7 @@ before it is the true one: a row behind a wrong draft is never reached.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -85,14 +86,16 @@ def choose_drafts(
 
 
 class SelectorWeights(nn.Module):
-    """A, G and B in training, in units in which embeddings and hidden states have a mean square of 1."""
+    """A, G and B in training, in units in which embeddings and hidden states have a mean square near 1.
+
+    The units are powers of two, so that what is stored is exactly what is trained.
+    """
 
     def __init__(self, base: Any, shape: SelectorShape, initial: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         embedding, norm = base.model.embed_tokens.weight.detach().float(), base.model.norm.weight.detach().float()
         self.shape = shape
-        self.scale_e = embedding.square().mean().rsqrt().item()
-        self.scale_h = norm.square().mean().rsqrt().item()
+        self.scale_e, self.scale_h = (2.0 ** round(-math.log2(x.square().mean().sqrt())) for x in (embedding, norm))
         hidden = embedding.shape[1]
         generator = torch.Generator().manual_seed(0)
 
