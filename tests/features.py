@@ -99,6 +99,8 @@ FEATURES: dict[str, list[str]] = {
         "int8 targets (compressed-tensors, W8A8)",
         "int4 targets (compressed-tensors, W4A16)",
         "fp8 targets, quantized while loading",
+        "heads in fp8",
+        "a selector beside the head",
         "mixture of experts",
         "LoRA",
         "sliding windows",

@@ -70,6 +70,7 @@ def told(start: StartEngine) -> Tell:
     return tell_it
 
 
+@pytest.mark.feature("heads in fp8")
 @pytest.mark.parametrize("passes", ["two", "one"])
 def test_converted_is_rounded_while_loading(passes: str, told: Tell, tmp_path: Path) -> None:
     """Text and every counter, from a head of its own and from a merged checkpoint; and nearly what it was."""

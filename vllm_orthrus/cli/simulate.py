@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     simulate.add_argument(
         "--time-on", nargs="+", default=["H200", "H100", "A100", "RTX 4090", "RTX 5090"], help="devices by name, or CPU"
     )
+    simulate.add_argument(
+        "--selector", default="auto", help="auto: the head's own; off; or a folder or repository with another"
+    )
     simulate.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="float32")
     simulate.add_argument("--device", default="cpu")
     simulate.add_argument("--seed", type=int, default=0)
@@ -50,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     prompts = first_per_class(read_prompts(options.prompts, tokenizer), options.per_class)
     groups = _groups([prompt.kind for prompt in prompts], options.group)
-    reference = Reference.from_pretrained(options.base, options.head, getattr(torch, options.dtype), options.device)
+    dtype = getattr(torch, options.dtype)
+    reference = Reference.from_pretrained(options.base, options.head, dtype, options.device, selector=options.selector)
     stop = [tokenizer.eos_token_id]
     devices, model = [find_device(name) for name in options.time_on], Model()
     block = options.width or reference.config.block_size
