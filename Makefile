@@ -8,8 +8,9 @@
 # make soak MINUTES=30    mixed traffic on a real server, and whether it is afterwards what it was before
 # make vllm-tests   vLLM's own tests, with stock vLLM and with our method
 # make compatibility    what goes together with Orthrus, asked of both vLLMs; renews docs/compatibility.md
+# make evidence [FILES=...]    the figures that pages tell, measured and counted anew (benchmarks/evidence/README.md)
 # make docs     the documentation as a site, in runs/site
-# make reference    what the documentation says of settings and patches, from the code
+# make reference    what the documentation says of settings, patches and evidence, from the code and from the files
 # make lint, unit, kernels, rehearsal, engine, engine-newer, serve-tests    parts of `make test`
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ SIDE_BY_SIDE = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(MAKE) --jobs
 ENV = env
 NEW = newer
 
-.PHONY: demo serve docs reference quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
+.PHONY: demo serve docs evidence reference quick test env newer lint unit kernels kernels-compiled rehearsal engine engine-newer
 .PHONY: serve-tests soak vllm-tests compatibility gpu-check engine-check clean
 
 demo: env
@@ -90,8 +91,14 @@ compatibility: newer
 	PYTHONPATH=$(NEWER) $(TEST) tests/engine -m feature --features benchmarks/evidence
 	$(RUN) tests.compatibility
 
+# Hours of two cores, all together.
+FILES ?= all
+evidence: newer
+	@status=0; $(RUN) benchmarks.renew $(FILES) || status=$$?; $(RUN) benchmarks.figures && exit $$status
+
 reference: env
 	$(VENV)/bin/python scripts/reference_pages.py
+	$(RUN) benchmarks.figures
 
 docs: env
 	$(RUN) mkdocs build --strict

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.evidence import FOLDER, Evidence
+from benchmarks.evidence import FOLDER, Evidence, environment
 from benchmarks.traces import FILE as TRACES
 from vllm_orthrus.policy.clock import Step
 from vllm_orthrus.policy.cost import Device, Mode, Model, step_seconds
@@ -183,7 +183,7 @@ def main() -> int:
     texts = read_traces(json.loads(TRACES.read_text()))
     fixed, every = Fixed(texts), 2 if args.quick else 1
     kinds = ("log", "prose") if args.quick else tuple(texts)
-    what = {
+    what = environment() | {
         "asked": f"--tokens {args.tokens}" + " --lines" * args.lines,
         "model": MODEL._asdict(),
         "devices": [find_device(name)._asdict() for name in DEVICES],

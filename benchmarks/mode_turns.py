@@ -1,6 +1,6 @@
 """What the policy of modes is worth on two cores, in turns of one class after the other, as cpu_modes asks for them.
 
-    python -m benchmarks.mode_turns
+    python -m benchmarks.mode_turns [--out FILE]
 
 Steps take what a bench of this CPU found (evidence/cost-xeon-amx-2-cores.json); drafts are kept as the tiny model's
 traces say. Each turn begins so many answers at once and ends with the last of them, and the next is of another class:
@@ -15,12 +15,14 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.evidence import FOLDER
+from benchmarks.evidence import FOLDER, Evidence, environment
 from benchmarks.traces import FILE as TRACES
 from vllm_orthrus.policy.clock import Step
 from vllm_orthrus.policy.kept import Outcome
@@ -34,6 +36,11 @@ CONTEXT = 150.0
 BELIEVED = 2.2  # times what steps take: the roofline's idea of them
 VERIFIES = 0.4  # of what a step with drafts takes beyond a plain one; its draft pass takes the rest
 NOISE = 0.06
+
+
+@dataclass
+class Found(Evidence):
+    times_plain: dict[str, dict[str, float]] = field(default_factory=dict)  # medians, by requests and class
 
 
 class Steps:
@@ -104,17 +111,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
+    parser.add_argument("--out", type=Path, default=FOLDER / "mode-turns.json")
     args = parser.parse_args()
     texts, steps = read_traces(json.loads(TRACES.read_text())), Steps()
+    evidence = Found(args.out, environment() | {"rounds": args.rounds, "seeds": args.seeds, "tokens": args.tokens})
     print(f"| requests | {' | '.join(texts)} | all |")
     print("|---" * (2 + len(texts)) + "|")
     for at_once in tqdm((1, 2, 4, 8), desc="requests", leave=False):
         found = [
             turn for seed in range(args.seeds) for turn in turns(texts, steps, at_once, args.rounds, args.tokens, seed)
         ]
-        cells = [statistics.median(one.plain / one.auto for one in found if one.kind == kind) for kind in texts]
-        everything = sum(one.plain for one in found) / sum(one.auto for one in found)
-        tqdm.write(f"| {at_once} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {everything:.2f} |")
+        cells = {kind: statistics.median(one.plain / one.auto for one in found if one.kind == kind) for kind in texts}
+        cells["all"] = sum(one.plain for one in found) / sum(one.auto for one in found)
+        evidence.times_plain[str(at_once)] = cells
+        evidence.write()
+        tqdm.write(f"| {at_once} | {' | '.join(f'{cell:.2f}' for cell in cells.values())} |")
     return 0
 
 

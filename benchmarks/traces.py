@@ -1,6 +1,6 @@
 """What would be accepted wherever a draft might begin: the text that modes are simulated on.
 
-    python -m benchmarks.traces [--per-class 20]
+    python -m benchmarks.traces [--per-class 20] [--out FILE]
 
 For every place of greedy answers to held-out prompts, how many drafts of a pass of its own the text that follows
 accepts, up to 15, as a hexadecimal digit. For one pass, by the number of hypotheses: how often one had foreseen the
@@ -8,7 +8,7 @@ outcome, and what was accepted where none had. By the reference model, which the
 """
 
 import argparse
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks.evidence import FOLDER, ROOT
+from benchmarks.evidence import FOLDER, ROOT, Evidence, environment
 from vllm_orthrus.training.evaluate import first_per_class, read_prompts
 from vllm_orthrus.training.reference import Cache, Reference
 from vllm_orthrus.training.simulator import OnePass
@@ -25,6 +25,11 @@ TINY = ROOT / "examples" / "tiny-orthrus"
 FILE = FOLDER / "traces-tiny-orthrus.json"
 HYPOTHESES = (1, 2, 3, 4, 6, 8)
 LENGTH = 128
+
+
+@dataclass
+class Traces(Evidence):
+    text: dict[str, Any] = field(default_factory=dict)  # by class
 
 
 @torch.inference_mode()
@@ -55,21 +60,22 @@ def riding(reference: Reference, prompts: list[list[int]], hypotheses: int, stop
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--per-class", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     prompts = first_per_class(read_prompts(TINY / "heldout.jsonl", tokenizer), args.per_class)
     reference = Reference.from_pretrained(TINY / "base", TINY / "head", torch.float32, "cpu")
-    found: dict[str, Any] = {}
+    found = Traces(args.out, environment() | {"asked": f"--per-class {args.per_class}"})
     for kind in tqdm(list(dict.fromkeys(prompt.kind for prompt in prompts)), desc="classes"):
         mine = [prompt.tokens for prompt in prompts if prompt.kind == kind]
         answers = reference.generate(mine, LENGTH, stop=[])
-        found[kind] = {
+        found.text[kind] = {
             "alone": [
                 accepted_alone(reference, prompt, answer.tokens) for prompt, answer in zip(mine, answers, strict=True)
             ],
             "riding": {str(number): riding(reference, mine, number, []) for number in HYPOTHESES},
         }
-    Path(FILE).write_text(json.dumps(found, indent=1) + "\n")
+    found.write()
 
 
 if __name__ == "__main__":

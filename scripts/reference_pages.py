@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ SETTINGS = """# Settings
 Made by `make reference` from `vllm_orthrus/engine/config.py`; don't edit. All of them stand in `speculative_config`:
 
     vllm serve Qwen/Qwen3-8B --speculative-config '{"method": "orthrus", "orthrus_hypotheses": 2}'
+
+or in the `--spec-*` flags. Everything else in it is refused at start, other methods' settings included: what is written
+holds, or is an error.
 
 """
 VLLMS = """## vLLM's own
@@ -48,7 +52,8 @@ VARIABLES = """
 
 | | |
 |---|---|
-| `VLLM_ORTHRUS_KERNELS` | the form of our kernels: `auto`, `triton` or `torch`. To tell whether one is to blame |
+| `VLLM_ORTHRUS_KERNELS` | `torch`: our kernels' PyTorch twins run in their place, on any device. `triton`: \
+the kernels, even where they are only interpreted. Unset: what suits. For tests, and to tell whether a kernel is wrong |
 | `VLLM_ORTHRUS_HEADS` | where the map of heads by their base's name lies; unset, `~/.config/vllm-orthrus/heads.json` |
 """
 
@@ -58,7 +63,7 @@ def settings_page() -> str:
     found = next(
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "OrthrusSpeculativeConfig"
     )
-    page = SETTINGS
+    told_of = []
     for field, told in zip(found.body, found.body[1:], strict=False):
         if not (
             isinstance(field, ast.AnnAssign) and isinstance(told, ast.Expr) and isinstance(told.value, ast.Constant)
@@ -67,8 +72,13 @@ def settings_page() -> str:
         default = _default(field.value)
         if default is None:  # filled in, not set
             continue
-        text = " ".join(str(told.value.value).split())
-        page += f"## {ast.unparse(field.target)}\n\n`{ast.unparse(field.annotation)}`, by default {default}. {text}\n\n"
+        told_of.append(
+            (ast.unparse(field.target), ast.unparse(field.annotation), default, " ".join(str(told.value.value).split()))
+        )
+    rows = [(f"[`{name}`](#{name})", default, _first_sentence(text)) for name, _, default, text in told_of]
+    page = SETTINGS + _table(rows, ("setting", "default", "")) + "\n"
+    for name, kind, default, text in told_of:
+        page += f"## {name}\n\n`{kind}`, by default {default}. {text}\n\n"
     return page + VLLMS + _table([(f"`{name}`", meaning) for name, meaning in VLLMS_MEAN.items()]) + VARIABLES
 
 
@@ -105,8 +115,16 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def _table(rows: list[tuple[Any, ...]]) -> str:
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [("", ""), ("---", "---"), *rows])
+def _first_sentence(text: str) -> str:
+    """With those behind it, where it is a word alone or tells of one value after the other."""
+    first, *others = re.split(r"(?<=\.) (?=[A-Z\"])", text)
+    while others and (" " not in first or (text.startswith('"') and others[0].startswith('"'))):
+        first += f" {others.pop(0)}"
+    return first
+
+
+def _table(rows: list[tuple[Any, ...]], head: tuple[str, ...] = ("", "")) -> str:
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in [head, ("---",) * len(head), *rows])
 
 
 def main() -> int:

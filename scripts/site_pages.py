@@ -1,7 +1,8 @@
 """Hooks of mkdocs: pages that stand outside docs/, and links that lead out of the site.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md are pages, too. Links are written as they work in a checkout; those to pages
-are turned into the site's, and of those to other files only the words stay. A link to nothing is an error.
+README.md is the first page; CONTRIBUTING.md, CHANGELOG.md and others outside docs/ are pages, too. Links are written as
+they work in a checkout; those to pages are turned into the site's, and of those to other files only the words stay. A
+link to nothing is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "benchmarks/evidence/README.md": "evidence.md",
+    "examples/README.md": "examples.md",
+    "examples/tiny-orthrus/README.md": "tiny-orthrus.md",
+}
+PICTURES = {"examples/tiny-orthrus/training.png": "pictures/training.png"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 
@@ -21,6 +31,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for source, picture in PICTURES.items():
+        files.append(File.generated(config, picture, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -40,7 +52,7 @@ def for_site(markdown: str, page: str) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), path))
         if not (ROOT / path).exists():
             raise ValueError(f"{origin} links to {target}, and there is no {path}. Mend the link.")
-        inside = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        inside = (PAGES | PICTURES).get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if inside is None:
             return words
         to = posixpath.relpath(inside, posixpath.dirname(page) or ".")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.documented import commands
 from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus.engine.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
@@ -68,6 +70,16 @@ def test_flags(tiny: Checkpoints) -> None:
     model = ["--model", str(tiny.base), "--skip-tokenizer-init"]
     arguments = parser.parse_args([*model, "--speculative-config", settings])
     assert EngineArgs.from_cli_args(arguments).create_engine_config().speculative_config.num_speculative_tokens == 3
+
+
+def test_settings_of_the_pages(tiny: Checkpoints) -> None:
+    """What the documentation tells people to give `--speculative-config`: all of it is in force."""
+    told = {given for one in commands() for given in re.findall(r"--speculative-config '([^']+)'", one.line)}
+    assert len(told) >= 3
+    for given in map(json.loads, told):
+        spec = build(tiny.base, {"model": str(tiny.block_head)} | given).speculative_config
+        assert isinstance(spec, OrthrusSpeculativeConfig)
+        assert {name: getattr(spec, name) for name in given} == given
 
 
 def test_survives_copies(tiny: Checkpoints) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from vllm_orthrus.bench.calls import FEWEST, call
 from vllm_orthrus.bench.environment import environment
 from vllm_orthrus.bench.files import write_csv, write_json
 from vllm_orthrus.bench.process import AnsweringProcess, ProcessError
-from vllm_orthrus.bench.prompts import Classes, Prompt, choose, read_questions, render
+from vllm_orthrus.bench.prompts import OWN, SHIPPED, Classes, Prompt, choose, read_questions, render
 from vllm_orthrus.bench.settings import Settings, check_options
 from vllm_orthrus.bench.texts import Texts, compare, judge
 from vllm_orthrus.bench.turns import Decoder, Drafts, Turn
@@ -155,8 +156,53 @@ def test_sharegpt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"question_id": 81, "category": "writing", "turns": ["a", "b"]},  # Spec-Bench, MT-Bench
+        {"question_id": 81, "category": "writing", "turns": ["a", "b"], "reference": ["", ""]},
+        {"prompt_id": 81, "category": "writing", "prompt": ["a", "b"], "reference": []},  # MT-Bench by a hub's name
+        {"question_id": "q", "category": "writing", "sub_category": "poem", "turns": ["a"], "multiturn": False},
+        {"question_id": "q", "category": "writing", "messages": [{"role": "user", "content": "a"}]},  # SPEED-Bench
+        {"class": "writing", "category": "other", "prompt": "a", "turns": ["b"]},
+    ],
+)
+def test_question_files_keep_their_categories(record: dict[str, object], tmp_path: Path) -> None:
+    lines = json.dumps(record) + '\n{"question_id": 82, "turns": ["c"]}\n'
+    assert read_questions(write(tmp_path / "question.jsonl", lines)) == [("writing", "a"), ("all", "c")]
+
+
+def test_a_dataset_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the hub is not there."""
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, split: str, streaming: bool) -> list[dict[str, object]]:
+        asked.append((name, subset, split, streaming))
+        return [{"question_id": "q", "category": "coding", "turns": ["a", "b"]}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_questions("nvidia/SPEED-Bench:qualitative:test") == [("coding", "a")]
+    assert read_questions("philschmid/mt-bench") == [("coding", "a")]
+    assert asked == [
+        ("nvidia/SPEED-Bench", "qualitative", "test", True),
+        ("philschmid/mt-bench", None, "train", True),
+    ]
+
+
+def test_the_packages_own_questions() -> None:
+    """In the form of Spec-Bench's, so that what reads those reads them."""
+    lines = [json.loads(line) for line in OWN.read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == list(range(1, len(lines) + 1))
+    assert all(set(line) == {"question_id", "category", "turns"} and line["turns"] for line in lines)
+    assert read_questions(SHIPPED) == [(line["category"], line["turns"][0]) for line in lines]
+    counts = Counter(line["category"] for line in lines)
+    assert len(counts) == 8 and set(counts.values()) == {3}
+
+
+@pytest.mark.parametrize(
     ("name", "text", "says"),
     [
+        ("a.jsonl", '{"question_id": 1, "turns": [3]}\n', "record 1"),
+        ("a.jsonl", '{"question_id": 1, "turns": []}\n', "no prompts"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', "line 2"),
         ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2"),
         ("a.jsonl", '{"prompt": "a"}\n{"question": "b"}\n', "record 2.*question.*--prompt-column"),

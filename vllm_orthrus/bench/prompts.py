@@ -1,4 +1,8 @@
-"""What is asked: prompts by class, out of JSONL, a ShareGPT file or a dataset of Hugging Face."""
+"""What is asked: prompts by class, out of JSONL, a ShareGPT file or a dataset of Hugging Face.
+
+Question files of Spec-Bench, MT-Bench and SPEED-Bench are such JSONL: `question_id`, `category` and `turns`, the first
+of which is asked. The package has a few of its own in that form.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ if TYPE_CHECKING:
 
 MOST = 2000  # records of a dataset on Hugging Face
 WITHOUT_CLASS = "all"
-COLUMNS = "`prompt`, `messages` or `conversations`"
+COLUMNS = "`prompt`, `turns`, `messages` or `conversations`"
+SHIPPED = "questions"  # the package's own, by this name
+OWN = Path(__file__).with_name("questions.jsonl")
 
 
 class Prompt(NamedTuple):
@@ -29,7 +35,7 @@ Classes = dict[str, list[Prompt]]
 
 def read_questions(dataset: str, column: str = "prompt") -> list[tuple[str, str]]:
     """Class and question of each record that asks something, in the order of the dataset."""
-    path = Path(dataset)
+    path = OWN if dataset == SHIPPED else Path(dataset)
     if path.suffix == ".jsonl" and path.is_file():
         records: Iterable[Mapping[str, Any]] = _lines(path)
     elif path.suffix == ".json" and path.is_file():
@@ -37,7 +43,7 @@ def read_questions(dataset: str, column: str = "prompt") -> list[tuple[str, str]
     elif path.exists() or path.suffix in (".json", ".jsonl") or len(path.parts) > 2:
         raise UserError(
             f"--dataset {dataset}: not a file that ends in .jsonl (an object with {COLUMNS} per line) or .json "
-            "(a list, as ShareGPT has it), nor a dataset's name. Give one of these."
+            f"(a list, as ShareGPT has it), nor a dataset's name, nor `{SHIPPED}`. Give one of these."
         )
     else:
         records = _hub(dataset)
@@ -46,11 +52,11 @@ def read_questions(dataset: str, column: str = "prompt") -> list[tuple[str, str]
         question = _question(record, column)
         if question is None:
             raise UserError(
-                f"--dataset {dataset}, record {number}: has {sorted(record)}, but neither text in `{column}` nor a "
-                "chat in `messages` or `conversations`. Name the right column with --prompt-column."
+                f"--dataset {dataset}, record {number}: has {sorted(record)}, but neither text in `{column}` or "
+                "`turns` nor a chat in `messages` or `conversations`. Name the right column with --prompt-column."
             )
         if question:  # ShareGPT has chats that hold nothing, or begin with an answer
-            found.append((str(record.get("class", WITHOUT_CLASS)), question))
+            found.append((str(record.get("class") or record.get("category") or WITHOUT_CLASS), question))
     if not found:
         raise UserError(f"--dataset {dataset}: holds no prompts. Give one with {COLUMNS}.")
     return found
@@ -83,8 +89,12 @@ def choose(prompts: Sequence[Prompt], count: int, turn: int, seed: int = 0) -> l
 
 def _question(record: Mapping[str, Any], column: str) -> str | None:
     """None is a record without a place for one; an empty text has the place, and nothing in it."""
-    if isinstance(record.get(column), str):
-        return str(record[column])
+    for said in (record.get(column), record.get("turns")):
+        if isinstance(said, str):
+            return said
+        # What a second turn asks depends on what was answered to the first.
+        if isinstance(said, list) and all(isinstance(turn, str) for turn in said):
+            return str(said[0]) if said else ""
     chat = record.get("messages", record.get("conversations"))
     if not isinstance(chat, list):
         return None

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllm_orthrus.bench.prompts import SHIPPED
 from vllm_orthrus.bench.ways import NAMES, OURS
 
 
@@ -94,10 +95,13 @@ def _add_common(
     parser.add_argument("--head", help="folder or repository of the head (default: by the base's name)")
     parser.add_argument("--ways", nargs="+", default=ways, choices=NAMES, help=f"default: {' '.join(ways)}")
     parser.add_argument(
-        "--dataset", required=True, help="JSONL, ShareGPT's JSON, or a Hugging Face name[:subset[:split]]"
+        "--dataset",
+        default=SHIPPED,
+        help="JSONL as Spec-Bench, MT-Bench and SPEED-Bench have it, ShareGPT's JSON, a Hugging Face "
+        f"name[:subset[:split]], or `{SHIPPED}`, which are in this package (default: %(default)s)",
     )
     parser.add_argument("--prompt-column", default="prompt")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these, of lines that have a `class`")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="only these, of lines with `class` or `category`")
     parser.add_argument("--raw", action="store_true", help="prompts as they stand, without the chat template")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end of an answer")

@@ -14,13 +14,17 @@ from vllm_orthrus.errors import UserError
 COMMANDS = ("train", "answers", "report", "head", "doctor", "demo", "simulate", "plan", "widen", "bench")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("vllm-orthrus", description="Orthrus heads for stock vLLM.")
-    parser.add_argument("--version", action="version", version=f"vllm-orthrus {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser("vllm-orthrus", description="Orthrus heads for stock vLLM.")
+    found.add_argument("--version", action="version", version=f"vllm-orthrus {__version__}")
+    subparsers = found.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"vllm_orthrus.cli.{name}").add_parser(subparsers)
-    options = parser.parse_args(arguments)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "httpx2", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,276 @@
+"""What the pages tell of evidence, out of the files themselves.
+
+    python -m benchmarks.figures [--check]
+
+Tables stand in the pages between `<!-- figures: NAME -->` and `<!-- end of figures -->` and are written anew there, and
+so are the picture of the README and the list of evidence. What is said in sentences is compared, and whoever changed a
+file mends the sentence. --check writes nothing, and says what would change.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import renew
+from benchmarks.evidence import FOLDER, ROOT
+from benchmarks.speedup_picture import draw
+
+MODES = "cpu-modes-bfloat16-xeon-amx-2-cores.json"
+MODES_ELSEWHERE = "cpu-modes-bfloat16-epyc-2-cores.json"
+COST = "cost-xeon-amx-2-cores.json"
+PICTURE = ROOT / "docs" / "pictures" / "speedup.svg"
+BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- end of figures -->)", re.DOTALL)
+
+
+class Said(NamedTuple):
+    page: str
+    words: str  # with its figures, as the page must have it
+
+
+def evidence(file: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / file).read_text())
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *map(line, rows)])
+
+
+def named(kinds: Mapping[str, Any]) -> list[str]:
+    return [kind.replace("low-entropy", "low-entropy, pooled") for kind in kinds]
+
+
+def times_plain() -> str:
+    summary = evidence(MODES)["summary"]
+    kinds = summary["1"]["auto"]
+    rows = [[n, *(f"{found['times_plain']:.2f}" for found in ways["auto"].values())] for n, ways in summary.items()]
+    return table(["requests", *named(kinds)], rows)
+
+
+def times_plain_elsewhere() -> str:
+    found = evidence(MODES_ELSEWHERE)["summary"]["1"]["auto"]
+    medians = [f"{one['times_plain']:.2f}" for one in found.values()]
+    least = [f"{one['least']:.2f}" if "least" in one else "" for one in found.values()]
+    rows = [["median of three rounds", *medians], ["least", *least]]
+    return table(["auto, times plain", *named(found)], rows)
+
+
+def turns() -> str:
+    found = evidence("mode-turns.json")["times_plain"]
+    rows = [[requests, *(f"{times:.2f}" for times in kinds.values())] for requests, kinds in found.items()]
+    return table(["requests", *found["1"]], rows)
+
+
+def steps(context: int = 128) -> dict[int, dict[int, float]]:
+    """Milliseconds by requests and drafts, for contexts that begin with so many tokens."""
+    found: dict[int, dict[int, float]] = {}
+    for step in evidence(COST)["steps"]:
+        if step["context"] < 2 * context:
+            found.setdefault(step["requests"], {})[step["verified"]] = 1000 * step["seconds"]
+    return {requests: dict(sorted(of.items())) for requests, of in found.items()}
+
+
+def step_times() -> str:
+    found = steps()
+    head = ["requests", *("plain" if not drafts else f"{drafts} drafts" for drafts in found[1])]
+    rows = [
+        [str(requests), *(f"{ms:.1f}{' ms' * (requests == 1)}" if not n else f"{ms:.0f}" for n, ms in of.items())]
+        for requests, of in found.items()
+    ]
+    return table(head, rows)
+
+
+def acceptance() -> str:
+    """Tokens per cycle and per forward, at temperature 0 and 0.8."""
+    greedy, sampled = (evidence(f"acceptance-tiny{end}.json")["summary"] for end in ("", "-sampled"))
+    head = ["class"]
+    for passes in ("two passes", "one pass"):
+        head += [f"{passes}: per cycle", "per forward"] if passes == "two passes" else [f"{passes}: per forward"]
+    head += [f"{column}, T=0.8" for column in head[1:]]
+
+    def cells(summary: Mapping[str, Any], kind: str) -> list[str]:
+        two, one = summary["two"][kind], summary["one"][kind]
+        figures = (two["tokens_per_cycle"], two["tokens_per_forward"], one["tokens_per_forward"])
+        return [f"{figure:.2f}" for figure in figures]
+
+    return table(head, [[kind, *cells(greedy, kind), *cells(sampled, kind)] for kind in greedy["two"]])
+
+
+def beside_ngram() -> str:
+    """A token that is no accepted draft came of a forward that verified; two passes take one more for its drafts."""
+    rounds = evidence("beside-ngram-tiny.json")["rounds"]
+    columns = {"ngram": "n-gram", "two": "two passes", "one": "one pass"}
+    kinds = list(dict.fromkeys(turn["class"] for turn in rounds))
+
+    def per_forward(way: str, some: list[str]) -> str:
+        mine = [turn for turn in rounds if turn["way"] == way and turn["class"] in some]
+        tokens, accepted = (sum(turn[name] for turn in mine) for name in ("tokens", "accepted"))
+        return f"{tokens / (tokens - accepted) / (2 if way == 'two' else 1):.2f}"
+
+    rows = [[kind, *(per_forward(way, [kind]) for way in columns)] for kind in kinds]
+    return table(["class", *columns.values()], [*rows, ["all", *(per_forward(way, kinds) for way in columns)]])
+
+
+def under_load() -> str:
+    one, stock = (evidence(f"soak-tiny-{way}.json") for way in ("one-pass", "stock"))
+
+    def requests(found: Mapping[str, Any]) -> str:
+        counts = [found["requests"][name] for name in ("answered", "left", "failed")]
+        return f"{sum(counts)}: {counts[0]} answered, {counts[1]} left by their clients, {counts[2]} failed"
+
+    def slope(found: Mapping[str, Any], name: str, digits: int) -> str:
+        it = found["slopes_per_minute"][name]
+        return f"{it['per_minute']:+.{digits}f} ± {it['noise']:.{digits}f}"
+
+    def memory(found: Mapping[str, Any]) -> str:
+        it = found["slopes_per_minute"]["memory_mib"]
+        end = ": no more than noise" if it["flat"] else ""
+        return f"{it['mean']:,.0f} MiB, {slope(found, 'memory_mib', 2)} MiB a minute{end}"
+
+    kept = one["slopes_per_minute"]
+    rows = [
+        ["requests", requests(one), requests(stock)],
+        [
+            "greedy answers that differ from stock vLLM's",
+            f"{one['differences']['count']} of {one['requests']['greedy']}",
+            "",
+        ],
+        ["open files before and after", *(f"{it['before']['files']}, {it['after']['files']}" for it in (one, stock))],
+        ["memory of all processes, minutes 12 to 30", memory(one), memory(stock)],
+        [
+            "tokens per cycle",
+            f"{kept['tokens_per_cycle']['mean']:.1f}, {slope(one, 'tokens_per_cycle', 3)} a minute",
+            "",
+        ],
+        ["first draft kept", f"{kept['first_kept']['mean']:.1f}, {slope(one, 'first_kept', 3)} a minute", ""],
+    ]
+    return table(["", "one pass", "stock vLLM"], rows)
+
+
+def cascades() -> str:
+    kinds = ("arithmetic", "json", "log")
+    found = {(one["rule"], one["setting"], one["class"]): one for one in evidence("cascades-tiny.json")["found"]}
+
+    def right(one: Mapping[str, Any]) -> str:
+        count = round(one["right"] * one["prompts"])
+        return f"{one['tokens_per_forward']:.2f}, {count or 'none'}" + f" of {one['prompts']}" * bool(count)
+
+    def most(kind: str) -> str:
+        lossless = found["lossless", "", kind]
+        able = [one for (_, _, of), one in found.items() if of == kind and one["right"] >= lossless["right"]]
+        best = max(able, key=lambda one: one["tokens_per_forward"])
+        if best["tokens_per_forward"] <= lossless["tokens_per_forward"]:
+            return f"{lossless['tokens_per_forward']:.2f}"
+        return f"{best['tokens_per_forward']:.2f}, `{best['rule']}` {best['setting']}"
+
+    rows = [["lossless: tokens per forward, right", *(right(found["lossless", "", kind]) for kind in kinds)]]
+    rows.append(
+        ["the most tokens per forward of a setting with at least as many right", *(most(kind) for kind in kinds)]
+    )
+    for rule, setting in (("chow", "0.1"), ("token_v3", "0.9"), ("diff", "0.9")):
+        rows.append([f"`{rule}` {setting}", *(right(found[rule, setting, kind]) for kind in kinds)])
+    return table(["", "arithmetic", "JSON", "log"], rows)
+
+
+BLOCKS: Mapping[str, Callable[[], str]] = {
+    "times-plain": times_plain,
+    "times-plain-elsewhere": times_plain_elsewhere,
+    "turns": turns,
+    "beside-ngram": beside_ngram,
+    "step-times": step_times,
+    "acceptance": acceptance,
+    "under-load": under_load,
+    "cascades": cascades,
+}
+
+
+def said() -> list[Said]:
+    modes = evidence(MODES)["summary"]
+    everything = [ways["auto"]["all"]["times_plain"] for ways in modes.values()]
+    low = modes["1"]["auto"]["low-entropy"]["times_plain"]
+    of = steps()
+    cost = evidence(COST)["errors"]["foretold, and not timed before"]
+    lossless = evidence("lossless-tiny-bfloat16.json")
+    equal, asked = (min(one[name] for one in lossless["comparisons"]) for name in ("equal", "answers"))
+    json_text = [one for one in evidence("cascades-tiny.json")["found"] if one["class"] == "json"]
+    exact = next(one for one in json_text if one["rule"] == "lossless")
+    able = [one for one in json_text if one["right"] >= exact["right"]]
+    best = max(able, key=lambda one: float(one["tokens_per_forward"]))
+    policy = evidence("mode-simulation.json")["summary"]["times_plain"]
+    points = evidence("shared-prefixes.json")["points"]
+
+    def apart(passes: str) -> float:
+        rates = [point["tokens_per_cycle"] for point in points if point["passes"] == passes]
+        return max(abs(rate["caching"] / rate["no caching"] - 1) for rate in rates)
+
+    two_passes = "are the same with prefix caching and without" if not apart("two") else "DIFFER"
+    return [
+        Said("README.md", f"answers predictable questions {low:.1f} times as fast as stock vLLM"),
+        Said("README.md", f"{everything[0]:.2f} times at one request and {everything[-1]:.2f} at eight"),
+        Said("docs/benchmarks.md", f"takes {of[1][3] / of[1][0]:.1f} times a plain one here with one request"),
+        Said("docs/benchmarks.md", f"and {of[8][3] / of[8][0]:.1f} times with eight"),
+        Said(
+            "docs/benchmarks.md",
+            f"Of the {cost['steps']} sizes that were not timed at the start the time foretold is off by "
+            f"{cost['median']:.0%} in the median, at worst {cost['worst']:.0%}".replace("%", " %"),
+        ),
+        Said("docs/benchmarks.md", f"{equal} of {asked}"),
+        Said(
+            "docs/benchmarks.md",
+            f"at {lossless['tied']['with_a_second_token_within_the_bound']} of {lossless['tied']['places']} places a "
+            f"second token is within {lossless['bound']} of the best logit",
+        ),
+        Said(
+            "docs/cascades.md",
+            f"the best is {100 * (1 - best['forwards'] / exact['forwards']):.0f} % on JSON, "
+            f"{best['forwards']} forwards for {exact['forwards']}",
+        ),
+        Said("docs/prefixes.md", f"in two passes tokens per cycle {two_passes}"),
+        Said("docs/prefixes.md", f"in one pass within {max(0.01, apart('one')):.0%}".replace("%", " %")),
+        Said("docs/modes.md", f"from {policy['least']:.2f} to {policy['most']:.2f} times plain decoding"),
+    ]
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}{found[4]}", text)
+
+
+def wanted() -> dict[Path, str]:
+    """Every file that is made of evidence, as it should be."""
+    summary = evidence(MODES)
+    found = {path: filled(path.read_text()) for path in pages() if BLOCK.search(path.read_text())}
+    return found | {renew.PAGE: renew.page(), PICTURE: draw(summary["summary"], summary["environment"])}
+
+
+def unsaid() -> list[str]:
+    """Sentences that a page does not have."""
+    texts = {page: " ".join((ROOT / page).read_text().split()) for page in {one.page for one in said()}}
+    return [f"{one.page} does not say: {one.words}" for one in said() if one.words not in texts[one.page]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [path for path, text in wanted().items() if not path.exists() or path.read_text() != text]
+    if not check:
+        for path, text in wanted().items():
+            path.write_text(text)
+    problems = [f"{path.relative_to(ROOT)} is not as the evidence has it" for path in stale if check] + unsaid()
+    print(*problems, sep="\n")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
