@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from vllm_orthrus.heads import HeadError, widen
+from vllm_orthrus.heads import HeadError, named_parts, open_head, open_selector, save_head, widen
 from vllm_orthrus.training.evaluate import first_per_class, read_prompts
 from vllm_orthrus.training.reference import Reference
 
@@ -85,6 +86,18 @@ def test_the_same_text_and_acceptance(tmp_path: Path, trained: Reference, prompt
 
 
 @pytest.mark.parametrize("forgotten", ["scale", "places", "groups"])
+def test_a_selector_is_widened_with_its_head(tmp_path: Path, prompts: list[list[int]]) -> None:
+    head, selector = open_head(TINY / "head"), open_selector(TINY / "selector")
+    tensors = dict(head.stored()) | named_parts(dict(selector.tensors()))
+    save_head(tmp_path / "small", tensors, replace(head.config, selector=selector.shape))
+    widening = widen.widen_base(TINY / "base", WIDER, tmp_path / "base", torch.float32)
+    widen.widen_head(tmp_path / "small", widening, tmp_path / "head")
+    small = Reference.from_pretrained(TINY / "base", tmp_path / "small")
+    wide = Reference.from_pretrained(tmp_path / "base", tmp_path / "head")
+    assert wide.selector is not None
+    assert [run.cycles for run in wide.generate(prompts, 24)] == [run.cycles for run in small.generate(prompts, 24)]
+
+
 def test_what_zeros_change_is_noticed(
     forgotten: str, tmp_path: Path, trained: Reference, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

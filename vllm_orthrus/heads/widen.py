@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vllm_orthrus.heads import (
     WEIGHTS,
@@ -32,6 +33,7 @@ from vllm_orthrus.heads import (
     HeadConfig,
     HeadError,
     expected_tensors,
+    named_parts,
     open_head,
     save_head,
     tensor_place,
@@ -206,6 +208,11 @@ class Widening:
         parts = {name: tensor_place(name).part for name in expected_tensors(self.new.base)}
         return {name: self.widen(part, trained.get(name)) for name, part in parts.items()}
 
+    def selector(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reads what it read: the values that a larger embedding and state have more of count nothing."""
+        more = self.new.base.hidden_size - self.old.base.hidden_size
+        return {part: functional.pad(matrix, (0, more)).to(self.device, self.dtype) for part, matrix in parts.items()}
+
 
 def widen_facts(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> Widening:
     """The config alone, for whoever makes the weights where they are needed."""
@@ -229,8 +236,11 @@ def widen_base(base: Path, shape: Mapping[str, Any], folder: Path, dtype: torch.
 def widen_head(head: Path, widening: Widening, folder: Path) -> None:
     checkpoint = open_head(head)
     facts = checkpoint.config
-    config = HeadConfig.for_base(widening.config, facts.block_size, facts.mask_token_id, None)
-    save_head(folder, widening.head(dict(checkpoint.tensors())), config)
+    selector = checkpoint.selector
+    shape = None if selector is None else selector.shape
+    config = HeadConfig.for_base(widening.config, facts.block_size, facts.mask_token_id, None, selector=shape)
+    beside = {} if selector is None else named_parts(widening.selector(dict(selector.tensors())))
+    save_head(folder, widening.head(dict(checkpoint.tensors())) | beside, config)
 
 
 def read_config(base: Path) -> dict[str, Any]:
