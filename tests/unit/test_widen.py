@@ -85,7 +85,6 @@ def test_the_same_text_and_acceptance(tmp_path: Path, trained: Reference, prompt
     assert wide.generate(prompts, 24, drafting="greedy") == trained.generate(prompts, 24, drafting="greedy")
 
 
-@pytest.mark.parametrize("forgotten", ["scale", "places", "groups"])
 def test_a_selector_is_widened_with_its_head(tmp_path: Path, prompts: list[list[int]]) -> None:
     head, selector = open_head(TINY / "head"), open_selector(TINY / "selector")
     tensors = dict(head.stored()) | named_parts(dict(selector.tensors()))
@@ -98,6 +97,7 @@ def test_a_selector_is_widened_with_its_head(tmp_path: Path, prompts: list[list[
     assert [run.cycles for run in wide.generate(prompts, 24)] == [run.cycles for run in small.generate(prompts, 24)]
 
 
+@pytest.mark.parametrize("forgotten", ["scale", "places", "groups"])
 def test_what_zeros_change_is_noticed(
     forgotten: str, tmp_path: Path, trained: Reference, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
