@@ -113,7 +113,7 @@ def test_a_hit_drafts_what_a_separate_pass_would(tiny: Reference, prompts: list[
                 self.reference.autoregressive(committed, torch.arange(position)[None], fresh)
                 anchor, prefix = after.anchors[row : row + 1], after.prefix[row : row + 1]
                 expected = self.reference.logits(self.reference.diffusion(anchor, prefix, fresh))[0]
-                torch.testing.assert_close(after.block[row], expected, atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(after.logits[row], expected, atol=1e-3, rtol=1e-3)
                 del text[position + 1 :]
             for row in (after.offset != 0).nonzero()[:, 0].tolist():
                 step = result[2][row]
