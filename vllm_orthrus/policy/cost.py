@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 # Launches that one after the other cost time inside a graph; docs/one-pass.md has the counted ones.
 PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
-# And where the head is in fp8: two inputs are rounded in each layer, and in one pass two results are put together.
-ONE_PASS_FP8, DRAFT_FP8 = 3, 2
+FP8 = 2  # more in a layer, where the head is in fp8: two inputs are rounded
 OUTCOME, AROUND_DRAFTS = 19, 6
 JOINED = 2  # more, where one product gives all logits
 PAIRED = 2  # fewer in a layer, where one product serves both views: of queries, keys and values, and of results
@@ -204,9 +203,9 @@ def launches(model: Model, forward: Forward, joined: bool = False, paired: bool 
         return model.layers * PLAIN_LAYER
     fp8 = model.head_weight_bytes == 1
     if forward.verified:
-        layer = ONE_PASS_LAYER + fp8 * ONE_PASS_FP8 - paired * PAIRED
+        layer = ONE_PASS_LAYER + fp8 * FP8 - paired * PAIRED
         return model.layers * layer + OUTCOME + JOINED * joined
-    return model.layers * (DRAFT_LAYER + fp8 * DRAFT_FP8) + AROUND_DRAFTS
+    return model.layers * (DRAFT_LAYER + fp8 * FP8) + AROUND_DRAFTS
 
 
 def part_seconds(device: Device, part: Part) -> float:

@@ -17,6 +17,7 @@ from vllm_orthrus.engine.attention.cache import PLAIN, cached_keys_values
 from vllm_orthrus.engine.attention.kernel import unreadable
 from vllm_orthrus.engine.onepass import pairs
 from vllm_orthrus.engine.onepass.pairs import is_a_product, side_by_side
+from vllm_orthrus.engine.quantization import multiplies_in_place, multiply_in_fp8
 from vllm_orthrus.engine.rotation import projected, rotate, rotate_nothing, rotates_plainly
 from vllm_orthrus.engine.target_attention import computes_as_given
 from vllm_orthrus.kernels.norm_rotate import CacheSlots
@@ -92,10 +93,12 @@ class Attended:
 def results(target: Any, diffusion: Any, verified: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
     """[rows of both, hidden]"""
     given = [(one.o_proj, rows, _bias(one.o_proj)) for one, rows in ((target, verified), (diffusion, drafted))]
-    if all(is_a_product(o_proj) for o_proj, _, _ in given):
+    if all(is_a_product(o_proj) or multiplies_in_place(o_proj, verified.dtype) for o_proj, _, _ in given):
         out = verified.new_empty(len(verified) + len(drafted), target.o_proj.output_size)
         for (o_proj, rows, bias), part in zip(given, out.split([len(verified), len(drafted)]), strict=True):
-            if bias is None:
+            if not is_a_product(o_proj):
+                multiply_in_fp8(o_proj, rows, bias, part)
+            elif bias is None:
                 torch.mm(rows, o_proj.weight.t(), out=part)
             else:
                 torch.addmm(bias, rows, o_proj.weight.t(), out=part)

@@ -59,7 +59,7 @@ def side_by_side(first: Any, second: Any) -> torch.Tensor | None:
     one, other = first.weight, second.weight
     if (
         one.numel() == 0
-        or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr()
+        or one.untyped_storage()._cdata != other.untyped_storage()._cdata
         or other.storage_offset() != one.storage_offset() + one.numel()
         or one.shape != other.shape
         or one.dtype != other.dtype
