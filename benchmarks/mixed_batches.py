@@ -49,6 +49,7 @@ from vllm_orthrus.policy.cost import (
     vocabulary,
 )
 from vllm_orthrus.policy.devices import find_device
+from vllm_orthrus.policy.plan import fits
 from vllm_orthrus.policy.replay import Text, read_traces
 
 Way = Literal["apart", "carried", "waiting", "between", "plain"]
@@ -216,6 +217,20 @@ def simulate(cell: Cell, texts: dict[str, Text], tokens: int) -> dict[str, Any]:
     }
 
 
+def cells(kinds: Iterable[str]) -> list[Cell]:
+    """Those whose cache fits beside the weights."""
+    wanted = itertools.starmap(Cell, itertools.product(DEVICES, REQUESTS, PROMPTS, kinds))
+    return [one for one in wanted if fits(find_device(one.device), MODEL, one.requests, one.prompt)]
+
+
+def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
+    summary = {}
+    for way in WAYS[1:]:
+        times = sorted(one["times_apart"][way] for one in found)
+        summary[way] = {"least": times[0], "median": statistics.median(times), "most": times[-1]}
+    return summary
+
+
 def table(found: list[dict[str, Any]]) -> Iterator[str]:
     """Of all classes, least and most of any device: shares of steps that read, and how many times as fast as apart."""
     yield f"| prompt | requests | steps that read | {' | '.join(WAYS[1:])} |"
@@ -223,6 +238,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
     for prompt, requests in itertools.product(PROMPTS, REQUESTS):
         mine = [one for one in found if (one["prompt"], one["requests"]) == (prompt, requests)]
         by_device = [[one for one in mine if one["device"] == device] for device in DEVICES]
+        by_device = [of for of in by_device if of]
         shares = [statistics.mean(one["mixed"] for one in of) for of in by_device]
         cells = [span(f"{share:.0%}" for share in sorted(shares))]
         for way in WAYS[1:]:
@@ -249,12 +265,9 @@ def main() -> int:
         "budgets": BUDGETS,
     }
     evidence = Found(args.out, what)
-    wanted = [Cell(*one) for one in itertools.product(DEVICES, REQUESTS, PROMPTS, texts)]
-    for cell in tqdm(wanted, desc="cells", leave=False):
+    for cell in tqdm(cells(texts), desc="cells", leave=False):
         evidence.cells.append(simulate(cell, texts, args.tokens))
-    for way in WAYS[1:]:
-        times = sorted(one["times_apart"][way] for one in evidence.cells)
-        evidence.summary[way] = {"least": times[0], "median": statistics.median(times), "most": times[-1]}
+    evidence.summary = summarise(evidence.cells)
     evidence.write()
     print("\n".join(table(evidence.cells)))
     print(json.dumps(evidence.summary, indent=1))

@@ -126,6 +126,26 @@ def test_one_product_for_both_views(verified: int, drafted: int) -> None:
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_attended_rows_give_their_results(pair: bool, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they were put is where they are read; what ranks have is summed once, whichever products there are."""
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(joined, "tensor_model_parallel_all_reduce", lambda out: sums.append(out) or 2 * out)
+    target, diffusion = (attention(UnquantizedLinearMethod(), False, 0, ranks) for _ in range(2))
+    for one in (target, diffusion):
+        one.o_proj.weight = torch.nn.Parameter(one.o_proj.weight, requires_grad=False)
+    lay(target.o_proj, diffusion.o_proj)
+    rows, fresh = torch.randn(3, WIDTH), torch.randn(5, WIDTH)
+    attended = joined.Attended(target, diffusion, (rows, rows, rows), (fresh, fresh, fresh), pair)
+    assert (attended.weights is not None) == pair
+    attended.verified.copy_(rows)
+    attended.drafted.copy_(fresh)
+    expected = torch.cat([linear(rows, target.o_proj.weight), linear(fresh, diffusion.o_proj.weight)])
+    torch.testing.assert_close(attended.results(), ranks * expected)
+    assert len(sums) == ranks - 1
+
+
 @pytest.mark.parametrize("kind", ["with a bias", "quantized", "kept in another form"])
 def test_what_cannot_share_a_product_stays_apart(kind: str) -> None:
     first, second = linears(kind == "with a bias", Quantized() if kind == "quantized" else None)
