@@ -8,14 +8,20 @@ Qwen3-8B in bf16, one request, all 15 drafts. Nothing of it was measured on one 
 
 from collections.abc import Iterator
 
-from vllm_orthrus.policy import cost
 from vllm_orthrus.policy.cost import (
+    AROUND_DRAFTS,
     Device,
+    Forward,
     Mode,
     Model,
     blocks_beside,
     forwards,
     joins,
+    launches,
+    pairs,
+    part_seconds,
+    parts,
+    projections_seconds,
     step_seconds,
     vocabulary_seconds,
 )
@@ -25,17 +31,24 @@ NAMES = ("H200", "H100", "A100", "RTX 4090", "RTX 5090")
 CONTEXTS = (1024, 4096, 16384)
 PLAIN = Mode(0)
 WAYS = {"two passes": Mode(15, 16), "one pass, 64 rows": Mode(15, 16, 4), "one pass, 128 rows": Mode(15, 16, 8)}
-# Launches of a layer and of what takes up an outcome when norms, rotation, matching and learning were single operators.
-APART = {"one": (22, 266), "draft": (14, 0)}
+# Launches of a layer and of what takes up an outcome with an operator for each norm and each thing learnt.
+APART = {"one": (22, 266), "draft": (14, AROUND_DRAFTS)}
 MODEL = Model()
+# Requests and hypotheses of each: of an engine with default settings, and beyond them.
+SIZES = [(count, blocks_beside(count, 192, 16, 16, 4)) for count in (1, 2, 3, 4)] + [(1, 8), (1, 16)]
 
 
-def launches_saved(mode: Mode) -> int:
-    """In a step."""
-    layer, outcome = APART["one" if mode.hypotheses else "draft"]
-    if mode.hypotheses:
-        return MODEL.layers * (layer - cost.ONE_PASS_LAYER) + outcome - cost.OUTCOME
-    return MODEL.layers * (layer - cost.DRAFT_LAYER)
+def seconds_apart(device: Device, mode: Mode, context: float) -> float:
+    """Of one request's step with a launch for each operator and a product for each view and each kind of logits."""
+    return device.step + sum(forward_apart(device, forward) for forward in forwards(mode, 1, context))
+
+
+def forward_apart(device: Device, forward: Forward) -> float:
+    launched = launches(MODEL, forward)
+    if forward.drafted:
+        layer, beside = APART["one" if forward.verified else "draft"]
+        launched = MODEL.layers * layer + beside
+    return sum(part_seconds(device, part) for part in parts(MODEL, forward)) + launched * device.launch
 
 
 def product_saved(device: Device, mode: Mode, requests: int, context: float) -> float:
@@ -56,8 +69,7 @@ def table() -> Iterator[str]:
             plain = step_seconds(device, MODEL, PLAIN, 1, context)
             cells = []
             for mode in WAYS.values():
-                now = step_seconds(device, MODEL, mode, 1, context)
-                then = now + launches_saved(mode) * device.launch + product_saved(device, mode, 1, context)
+                then, now = seconds_apart(device, mode, context), step_seconds(device, MODEL, mode, 1, context)
                 cells.append(f"{1e3 * then:.2f} → {1e3 * now:.2f}, {now / plain:.2f}x")
             yield f"| {name} | {context // 1024}K | {1e3 * plain:.2f} | {' | '.join(cells)} |"
 
@@ -77,21 +89,41 @@ def quantized() -> Iterator[str]:
             yield f"| {name} | {context // 1024}K | {' | '.join(cells)} |"
 
 
+def head_of_sizes() -> Iterator[str]:
+    yield f"| device | {' | '.join(f'{count} x (16 + {16 * blocks})' for count, blocks in SIZES)} |"
+    yield "|---" * (1 + len(SIZES)) + "|"
+
+
 def of_products(context: int = 1024) -> Iterator[str]:
-    """By requests of an engine with default settings, and by hypotheses of one request beyond them."""
-    modes = [(count, blocks_beside(count, 192, 16, 16, 4)) for count in (1, 2, 3, 4)] + [(1, 8), (1, 16)]
-    yield f"| device | {' | '.join(f'{count} x (16 + {16 * blocks})' for count, blocks in modes)} |"
-    yield "|---" * (1 + len(modes)) + "|"
+    """With a product for each kind of logits, and with one for all where that is quicker."""
+    yield from head_of_sizes()
     for name in NAMES:
         device, cells = DEVICES[name], []
-        for count, blocks in modes:
+        for count, blocks in SIZES:
             mode = Mode(15, 16, blocks)
             now, saved = step_seconds(device, MODEL, mode, count, context), product_saved(device, mode, count, context)
             cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, twice")
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def of_views(context: int = 1024) -> Iterator[str]:
+    """With a product for each view, and with one for both where that is quicker."""
+    yield from head_of_sizes()
+    for name in NAMES:
+        device, cells = DEVICES[name], []
+        for count, blocks in SIZES:
+            mode = Mode(15, 16, blocks)
+            verification = forwards(mode, count, context)[0]
+            now, saved = step_seconds(device, MODEL, mode, count, context), 0.0
+            if pairs(device, MODEL, verification):
+                apart, paired = (projections_seconds(device, MODEL, verification, way) for way in (False, True))
+                saved = apart - paired
+            cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, apart")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
     print("\n".join(table()))
     print("\n" + "\n".join(of_products()))
+    print("\n" + "\n".join(of_views()))
     print("\n" + "\n".join(quantized()))

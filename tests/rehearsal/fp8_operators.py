@@ -48,8 +48,10 @@ def repack(b: Any, k: int, n: int, bits: int, is_a_8bit: bool) -> Any:
 
 @contextmanager
 def products_in_fp8(launched: list[str]) -> Iterator[None]:
-    """Notes each rounding of inputs, and each product."""
+    """Notes each rounding of inputs, and each product: vLLM's own, and those that go straight to where they belong."""
     from vllm import _custom_ops
+
+    from vllm_orthrus.engine.onepass import joined
 
     def noted(name: str, call: Any) -> Any:
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -61,4 +63,5 @@ def products_in_fp8(launched: list[str]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_custom_ops, "scaled_fp8_quant", noted("scaled_fp8_quant", quantize_rows))
         patch.setattr(_custom_ops, "cutlass_scaled_mm", noted("cutlass_scaled_mm", _custom_ops.cutlass_scaled_mm))
+        patch.setattr(joined, "multiply_in_fp8", noted("multiply_in_fp8", joined.multiply_in_fp8))
         yield

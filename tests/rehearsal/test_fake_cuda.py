@@ -79,7 +79,23 @@ def start(fault: str | None = None, settings: dict[str, Any] | None = None, **op
                 hidden = runner.model(ids, positions, None, None, hypotheses=rows)
             assert hidden.shape == (tokens, 4096) and hidden.is_cuda and hidden.dtype == torch.bfloat16
             stage("one pass")
+            stages["paired"] = set(speculator.drafting.paired), all(map(neighbours, targets_and_views(speculator)))
     return stages
+
+
+def targets_and_views(speculator: Any) -> list[tuple[Any, Any]]:
+    layers = zip(speculator.model.target.model.layers, speculator.model.layers, strict=True)
+    return [
+        (getattr(target.self_attn, name), getattr(view, name))
+        for target, view in layers
+        for name in ("qkv_proj", "o_proj")
+    ]
+
+
+def neighbours(pair: tuple[Any, Any]) -> bool:
+    from vllm_orthrus.engine.onepass.pairs import side_by_side
+
+    return side_by_side(*pair) is not None
 
 
 def test_every_stage_on_cuda(ask: Ask) -> None:
@@ -87,16 +103,19 @@ def test_every_stage_on_cuda(ask: Ask) -> None:
     each = dict.fromkeys(("_norm_rotate_kernel", "_attend_kernel", "_merge_kernel"), LAYERS)
     assert stages["draft"] == stages["one pass"] == each
     assert {"_attend_kernel", "_merge_kernel"}.isdisjoint(stages["profile"]), "there is no cache yet"
+    assert stages["paired"] == ({1}, True)
 
 
 def test_a_head_in_fp8_on_cuda(ask: Ask) -> None:
-    """Of each layer two inputs are rounded by vLLM's own kernel, and all else is launched as ever."""
+    """Of each layer two inputs are rounded by vLLM's own kernel, all else is launched as ever, no result is moved."""
     stages = ask("H200", start, None, {"orthrus_head_quantization": "fp8"})
     plain = ask("H200", start)
     more = dict.fromkeys(("scaled_fp8_quant", "cutlass_scaled_mm"), 2 * LAYERS)
     assert more.keys().isdisjoint(plain["draft"])
     assert stages["draft"] == plain["draft"] | more
-    assert stages["one pass"] == plain["one pass"] | more
+    in_place = dict.fromkeys(("cutlass_scaled_mm", "multiply_in_fp8"), LAYERS)
+    assert stages["one pass"] == plain["one pass"] | more | in_place
+    assert (plain["paired"], stages["paired"]) == (({1, 2, 4}, True), (set(), False))
 
 
 def complaint(fault: str) -> str:

@@ -96,6 +96,7 @@ def far_from_whole(ranks: int, fault: str | None = None) -> float:
     from vllm.model_executor.layers import linear
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from vllm_orthrus.engine.quantization import multiplies_in_place, multiply_in_fp8
     from vllm_orthrus.engine.view import DiffusionView
     from vllm_orthrus.engine.vllm import process_weights_after_loading
     from vllm_orthrus.heads import BaseShape, dequantized, expected_tensors, quantized
@@ -142,6 +143,11 @@ def far_from_whole(ranks: int, fault: str | None = None) -> float:
                 qkv, _ = attention.qkv_proj(x.bfloat16())
                 share = attended.bfloat16().chunk(ranks, dim=1)[rank]
                 out = attention.o_proj.quant_method.apply(attention.o_proj, share.contiguous())
+                assert multiplies_in_place(attention.o_proj, torch.bfloat16)
+                both = torch.full((2 * len(out), out.shape[1]), torch.nan, dtype=torch.bfloat16)
+                multiply_in_fp8(attention.o_proj, share.contiguous(), None, both[len(out) :])
+                assert both[len(out) :].equal(out)
+                assert both[: len(out)].isnan().all()
         for name, part in zip("qkv", qkv.split(attention.sizes, dim=1), strict=True):
             found[name].append(part)
         found["o"].append(out)

@@ -20,6 +20,7 @@ from vllm_orthrus.policy.cost import (
     joins,
     knee,
     launches,
+    pairs,
     parts,
     step_seconds,
 )
@@ -56,7 +57,7 @@ def test_a_head_in_fp8_is_half_as_many_bytes(way: Mode) -> None:
     assert before - after == pytest.approx(1.5e9, rel=0.01)
     assert QWEN.resident_bytes - fp8.resident_bytes == before - after
     more = launches(fp8, forwards(way, 1, 0)[-1]) - launches(QWEN, forwards(way, 1, 0)[-1])
-    assert more == 36 * (3 if way.hypotheses else 2)
+    assert more == 36 * 2
     for name, saved in (("H200", 0.04), ("RTX 4090", 0.06)):
         times = [step_seconds(DEVICES[name], model, Mode(15, 16, 8), 1, 1024) for model in (QWEN, fp8)]
         assert 1 - times[1] / times[0] > saved
@@ -110,6 +111,26 @@ def test_the_vocabulary_is_read_once_up_to_the_knee() -> None:
     assert most(CPU) == 16, "one block, all of which drafts: as many rows as in two products"
     two, one = (sum(part.read for part in parts(QWEN, Forward(1, 0, 16, 64, 16), way)) for way in (False, True))
     assert two - one == pytest.approx(1.2e9, rel=0.05)
+
+
+def test_one_product_serves_both_views_up_to_the_knee() -> None:
+    """Rows of the other view cost nothing, until they cost more than two launches of a layer."""
+
+    def most(device: Device) -> int:
+        paired = [rows for rows in range(16, 2048, 16) if pairs(device, QWEN, Forward(1, 0, 16, rows, 16))]
+        assert paired == [*range(16, 16 * (len(paired) + 1), 16)], "and then no more"
+        return max(paired, default=0)
+
+    assert {name: most(device) for name, device in DEVICES.items()} == {
+        "A100": 64, "H100": 160, "H200": 128, "B200": 208, "L40S": 160, "RTX 4090": 64, "RTX 5090": 48, "MI300X": 160
+    }  # fmt: skip
+    assert most(CPU) == 16, "as many rows as the verification has: nothing is filled up"
+    one = Forward(1, 0, 16, 64, 16)
+    assert not pairs(H200, QWEN._replace(head_weight_bytes=1), one), "weights of two kinds"
+    assert not pairs(H200, QWEN._replace(weight_bytes=1, head_weight_bytes=1), one), "no plain products"
+    assert launches(QWEN, one) - launches(QWEN, one, paired=True) == 36 * 2
+    two, both = (sum(part.read for part in parts(QWEN, one, paired=way)) for way in (False, True))
+    assert two == both, "every weight once, either way"
 
 
 def test_forwards_of_a_step() -> None:

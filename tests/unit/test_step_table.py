@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks.step_table import MODEL, of_products, quantized, table
+from benchmarks.step_table import MODEL, of_products, of_views, quantized, table
 from vllm_orthrus.policy import cost
 from vllm_orthrus.policy.cost import Mode, step_seconds
 from vllm_orthrus.policy.devices import DEVICES
@@ -18,13 +18,13 @@ def counted(what: str, column: int) -> int:
 
 
 def test_the_page_has_the_table() -> None:
-    for one in (table(), of_products()):
+    for one in (table(), of_products(), of_views()):
         assert "\n".join(one) in PAGE, "python -m benchmarks.step_table"
     assert "\n".join(quantized()) in (DOCS / "heads.md").read_text()
 
 
 def test_launches_of_the_model_are_those_that_were_counted() -> None:
-    assert counted("a layer of a verification with hypotheses", 0) == cost.ONE_PASS_LAYER
+    assert counted("a layer of a verification with hypotheses", 0) == cost.ONE_PASS_LAYER - cost.PAIRED
     assert counted("a layer of a draft pass", 2) == cost.DRAFT_LAYER
     behind = ("behind a verification: taking up its outcome", "behind a verification, besides that")
     assert sum(counted(what, 0) for what in behind) == cost.OUTCOME

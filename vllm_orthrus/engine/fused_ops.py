@@ -20,6 +20,8 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
+from vllm_orthrus.engine.quantization import kernel_in_fp8
+
 # By name: not every operator of vLLM has a hand-written kernel, and naming one that an operator lacks is an error.
 NORMS = (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)
 BY_HAND = "vllm_c"
@@ -57,10 +59,8 @@ def fused(ops: Mapping[CustomOp, Forward]) -> Iterator[None]:
 
 
 def _quantizer_of_inputs(linear: Any) -> Any:
-    """Of a layer whose product is in fp8: its kernel has one, which no module holds."""
-    holders = (getattr(linear, name, None) for name in ("scheme", "quant_method"))
-    kernels = (getattr(holder, "fp8_linear", None) for holder in holders)
-    return next((op for kernel in kernels if (op := getattr(kernel, "quant_fp8", None)) is not None), None)
+    """Of a layer whose product is in fp8: its kernel has one."""
+    return getattr(kernel_in_fp8(linear), "quant_fp8", None)
 
 
 def _on_a_cpu(op: Any) -> Forward | None:

@@ -53,6 +53,35 @@ def for_linear_layers(quantization: Quantization | None) -> CompressedTensorsCon
     return CompressedTensorsConfig.from_config(copy.deepcopy(_DESCRIBED[quantization]))  # which vLLM writes to
 
 
+def kernel_in_fp8(linear: Any) -> Any:
+    """vLLM's, of a layer whose product is in fp8, or None. No module holds it."""
+    holders = (getattr(linear, name, None) for name in ("scheme", "quant_method"))
+    return next((kernel for holder in holders if (kernel := getattr(holder, "fp8_linear", None)) is not None), None)
+
+
+def multiplies_in_place(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether `multiply_in_fp8` does what this layer does. dtype: of its results."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFP8ScaledMMLinearKernel
+    from vllm.platforms import current_platform
+
+    kernel = kernel_in_fp8(linear)
+    return (
+        type(kernel) is CutlassFP8ScaledMMLinearKernel
+        and current_platform.is_cuda()
+        and kernel.config.out_dtype in (None, dtype)
+        and kernel.logical_output_size == linear.weight.shape[1]
+        and not any(size % 16 for size in linear.weight.shape)
+    )
+
+
+def multiply_in_fp8(linear: Any, rows: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """As vLLM's kernel does, and to where the result is wanted; its own call makes a tensor of its own."""
+    kernel = kernel_in_fp8(linear)
+    weight, weight_scale, given_scale, bound = kernel._get_layer_params(linear)
+    rounded, scale = kernel.quant_fp8(rows, given_scale, bound)
+    torch.ops._C.cutlass_scaled_mm(out, rounded, weight, scale, weight_scale, bias)
+
+
 def why_not_here(quantization: Quantization, dtype: torch.dtype) -> str | None:
     """Why this device does not compute with weights in eight bits, if so. dtype: the model's."""
     from vllm import envs

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm_orthrus.policy.cost import blocks_beside
+from vllm_orthrus.policy.cost import Forward, blocks_beside
 
 # A draft pass of this many rows keeps a GPU busy for longer than the host needs to launch it, so larger batches lose
 # nothing by drafting in turns, and their logits, hidden states and graphs need no more memory than this.
@@ -58,6 +58,10 @@ class DraftShape:
     def num_hypotheses(self, num_reqs: int) -> int:
         """How many blocks per request ride along with the verification of this many requests."""
         return blocks_beside(num_reqs, self.rows, self.verified, self.block, self.hypotheses)
+
+    def carrying(self, num_reqs: int) -> Forward:
+        """A verification of so many requests with their hypotheses, all of whose drafts are wanted."""
+        return Forward(num_reqs, 0, self.verified, self.block * self.num_hypotheses(num_reqs), self.verified)
 
     @cached_property
     def most_carried(self) -> int:

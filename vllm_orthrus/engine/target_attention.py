@@ -31,16 +31,15 @@ def computes_as_given(attn: Any) -> bool:
     )
 
 
-def attend_to_cache(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attend_to_cache(attn: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
     """As vLLM does once the cache is written. All [rows, heads * dim]."""
-    out, dim = query.new_empty(query.shape), attn.head_size
+    dim = attn.head_size
     query, key, value, by_head = (x.view(len(x), -1, dim) for x in (query, key, value, out))
     if attn.use_direct_call:
         unified_attention_with_output(query, key, value, by_head, attn.layer_name)
     else:  # an operator that PyTorch knows
         name = _encode_layer_name(attn.layer_name)
         torch.ops.vllm.unified_attention_with_output(query, key, value, by_head, name)
-    return out
 
 
 @contextmanager

@@ -25,4 +25,4 @@ def attend_to_nothing(attention: BlockAttention, blocks: Blocks, verified: Verif
         like = {"dtype": attn.dtype, "device": blocks.positions.device}
         q, k, v = (torch.zeros(blocks.positions.numel(), width, **like) for width in (heads, kv_heads, kv_heads))
         attention.begin(blocks)
-        attention(index, q, k, v, verified)
+        attention.into(torch.empty_like(q), index, q, k, v, verified)

@@ -4,6 +4,7 @@
     forward = sum of its parts + launches * launch
     step    = its forwards + what the engine does beside them
     logits  = a product for the verification's and one for the drafts', or one for all rows that may come to draft
+    views   = products of each with weights of its own, or one of both, in which each weight meets as many rows
 
 s says how well a device reads and computes at a time: 1 is one after the other, as a CPU does; large s is whichever
 takes longer. A matrix is read once per forward however many rows meet it, so rows are free until arithmetic takes as
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 # Launches that one after the other cost time inside a graph; docs/one-pass.md has the counted ones.
 PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
-# And where the head is in fp8: two inputs are rounded in each layer, and in one pass two results are put together.
-ONE_PASS_FP8, DRAFT_FP8 = 3, 2
+FP8 = 2  # more in a layer, where the head is in fp8: two inputs are rounded
 OUTCOME, AROUND_DRAFTS = 19, 6
 JOINED = 2  # more, where one product gives all logits
+PAIRED = 2  # fewer in a layer, where one product serves both views: of queries, keys and values, and of results
 LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
 CARRIED_BYTES, TAKEN_BYTES = 6, 8  # of such a product: moved to where they stay, and those that draft taken from there
 
@@ -115,20 +116,31 @@ class Part(NamedTuple):
     fp8: float = 0.0  # operations, of products of fp8
 
 
-def parts(model: Model, forward: Forward, joined: bool = False) -> list[Part]:
-    """The two views' attention reads the cache apart. joined: the vocabulary is not read twice."""
-    verified, drafted = (forward.requests * rows for rows in (forward.verified, forward.drafted))
-    found = [Part(model.mlp * model.weight_bytes, 2 * model.mlp * (verified + drafted), 0.0)]
-    for rows, size in ((verified, model.weight_bytes), (drafted, model.head_weight_bytes)):
-        if not rows:
-            continue
+def parts(model: Model, forward: Forward, joined: bool = False, paired: bool = False) -> list[Part]:
+    """The two views' attention reads the cache apart.
+
+    joined: the vocabulary is not read twice; paired: both views' projections are one product.
+    """
+    rows = forward.requests * (forward.verified + forward.drafted)
+    found = [Part(model.mlp * model.weight_bytes, 2 * model.mlp * rows, 0.0)]
+    for rows in (forward.requests * each for each in (forward.verified, forward.drafted) if each):
         cached = model.bytes_per_position * forward.context * forward.requests
         scores = 4.0 * model.layers * model.heads * model.head_dim * forward.context * rows
-        found += [
-            Part(model.attention * size, *_by_bytes(size, 2 * model.attention * rows)),
-            Part(cached, 0.0, scores),
-        ]
-    return found + vocabulary(model, forward, joined)
+        found.append(Part(cached, 0.0, scores))
+    return found + projections(model, forward, paired) + vocabulary(model, forward, joined)
+
+
+def projections(model: Model, forward: Forward, paired: bool) -> list[Part]:
+    """paired: one product, in which either view's weights meet as many rows as the larger view has."""
+    views = (forward.verified, model.weight_bytes), (forward.drafted, model.head_weight_bytes)
+    if paired:
+        operations = 2 * 2 * model.attention * forward.requests * max(forward.verified, forward.drafted)
+        return [Part(model.attention * sum(size for _, size in views), operations, 0.0)]
+    return [
+        Part(model.attention * size, *_by_bytes(size, 2 * model.attention * forward.requests * rows))
+        for rows, size in views
+        if rows
+    ]
 
 
 def _by_bytes(size: float, operations: float) -> tuple[float, float, float]:
@@ -164,18 +176,36 @@ def joins(device: Device, model: Model, forward: Forward) -> bool:
     return joined < apart
 
 
+def pairs(device: Device, model: Model, forward: Forward) -> bool:
+    """Whether both views' projections take less time as one product than as two, if their weights are alike.
+
+    It saves launches, and multiplies either view's weights with more rows: free, up to the knee.
+    """
+    alike = model.weight_bytes == model.head_weight_bytes > 1
+    if not (alike and forward.verified and forward.drafted):
+        return False
+    apart, paired = (projections_seconds(device, model, forward, way) for way in (False, True))
+    return paired < apart
+
+
+def projections_seconds(device: Device, model: Model, forward: Forward, paired: bool) -> float:
+    products = sum(part_seconds(device, part) for part in projections(model, forward, paired))
+    return products - model.layers * PAIRED * paired * device.launch
+
+
 def vocabulary_seconds(device: Device, model: Model, forward: Forward, joined: bool) -> float:
     products = sum(part_seconds(device, part) for part in vocabulary(model, forward, joined))
     return products + JOINED * joined * device.launch
 
 
-def launches(model: Model, forward: Forward, joined: bool = False) -> int:
+def launches(model: Model, forward: Forward, joined: bool = False, paired: bool = False) -> int:
     if not forward.drafted:
         return model.layers * PLAIN_LAYER
     fp8 = model.head_weight_bytes == 1
     if forward.verified:
-        return model.layers * (ONE_PASS_LAYER + fp8 * ONE_PASS_FP8) + OUTCOME + JOINED * joined
-    return model.layers * (DRAFT_LAYER + fp8 * DRAFT_FP8) + AROUND_DRAFTS
+        layer = ONE_PASS_LAYER + fp8 * FP8 - paired * PAIRED
+        return model.layers * layer + OUTCOME + JOINED * joined
+    return model.layers * (DRAFT_LAYER + fp8 * FP8) + AROUND_DRAFTS
 
 
 def part_seconds(device: Device, part: Part) -> float:
@@ -187,10 +217,10 @@ def part_seconds(device: Device, part: Part) -> float:
 
 
 def forward_seconds(device: Device, model: Model, forward: Forward) -> float:
-    """With as many products for its logits as are quicker."""
-    joined = joins(device, model, forward)
-    seconds = sum(part_seconds(device, part) for part in parts(model, forward, joined))
-    return seconds + launches(model, forward, joined) * device.launch
+    """With as many products for its logits, and for both views' projections, as are quicker."""
+    joined, paired = joins(device, model, forward), pairs(device, model, forward)
+    seconds = sum(part_seconds(device, part) for part in parts(model, forward, joined, paired))
+    return seconds + launches(model, forward, joined, paired) * device.launch
 
 
 def forwards(mode: Mode, requests: int, context: float) -> list[Forward]:

@@ -60,6 +60,10 @@ class BlockAttention(ABC):
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [rows, heads * dim], k and v [rows, kv_heads * dim] of all blocks, in order; returns q's shape."""
 
+    def into(self, out: torch.Tensor, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The same, and it stands in `out` then."""
+        out.copy_(self(layer, q, k, v))
+
 
 class BlocksAlone(BlockAttention):
     """Blocks that see only themselves: before there is a cache, vLLM runs a draft to measure what memory it needs."""

@@ -93,14 +93,20 @@ class KernelAttention(BlockAttention):
         self._plan = self.plans[num_reqs, rows]
         return ForwardInputs()
 
-    def __call__(
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        self.into(out, layer, q, k, v)
+        return out
+
+    def into(
         self,
+        out: torch.Tensor,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         verification: Verification | None = None,
-    ) -> torch.Tensor:
+    ) -> None:
         cached, blocks = self.layers[layer], self._blocks
         attn = cached.attn
         dim = attn.head_size
@@ -117,7 +123,6 @@ class KernelAttention(BlockAttention):
             attn._k_scale if scaled else None,
             attn._v_scale if scaled else None,
         )
-        out = torch.empty_like(q)
         dual_view_attention(
             q.view(len(q), -1, dim),
             k.view(len(k), -1, dim),
@@ -129,7 +134,6 @@ class KernelAttention(BlockAttention):
             plan=self._plan,
             verification=verification,
         )
-        return out
 
 
 def _fp8(kv_cache_dtype: str) -> torch.dtype:

@@ -24,6 +24,7 @@ from vllm_orthrus.engine.onepass.forward import OnePass
 from vllm_orthrus.engine.onepass.joined import can_join
 from vllm_orthrus.engine.onepass.logits import JoinedLogits
 from vllm_orthrus.engine.onepass.memory import Memory
+from vllm_orthrus.engine.onepass.pairs import lay_side_by_side, requests_paired
 from vllm_orthrus.engine.onepass.rows import HypothesisBuffers
 from vllm_orthrus.engine.onepass.verification import refuse_unfusable
 from vllm_orthrus.engine.sampler import DraftSampler
@@ -39,6 +40,7 @@ from vllm_orthrus.engine.vllm import (
 )
 from vllm_orthrus.kernels.chances import LOOKED_AT
 from vllm_orthrus.kernels.choose import Drafted
+from vllm_orthrus.kernels.forms import runs_triton
 from vllm_orthrus.kernels.most_probable import most_probable
 from vllm_orthrus.kernels.take_up import COUNTERS, Outcome
 
@@ -56,6 +58,9 @@ class OnePassDrafting(Drafting):
         self.view, self.shape, self.rows, self.sampler, self.vllm_config = view, shape, rows, sampler, vllm_config
         model, room = vllm_config.model_config, rows.capacity
         fused = vllm_config.speculative_config.orthrus_verification == "fused"
+        self.paired = requests_paired(shape, vllm_config) if runs_triton(device) else frozenset[int]()
+        if self.paired:
+            lay_side_by_side(view)
         self.memory = Memory(shape, model, device)
         self.buffers = HypothesisBuffers(shape, model, device)
         self.logits = JoinedLogits(view.target, shape, self.memory, vllm_config, device)
@@ -81,7 +86,7 @@ class OnePassDrafting(Drafting):
             beside = KernelAttention(layers, attention.workspace, self.shape.verified if one_pass.fused else 0)
         targets = [layer.self_attn for layer in self.view.target.model.layers]
         join = all(can_join(*one, self.every_row.device) for one in zip(layers, targets, strict=True))
-        one_pass.bind(beside, block_tables.input_block_tables, join)
+        one_pass.bind(beside, block_tables.input_block_tables, join, self.paired)
 
     @property
     def carried(self) -> bool:  # type: ignore[override]

@@ -60,18 +60,18 @@ class OnePass:
         state = type("OnePassModelState", (OnePassModelState,), {"one_pass": self})
         target.get_model_state_cls = lambda: state
 
-    def bind(self, attention: BlockAttention, tables: list[torch.Tensor], join: bool) -> None:
+    def bind(self, attention: BlockAttention, tables: list[torch.Tensor], join: bool, paired: frozenset[int]) -> None:
         """There is a cache now; until then, and without this call, the target's forward is as it was.
 
-        join: both views' projections, in all layers.
+        join: both views' projections, in all layers; paired: numbers of requests for which they are one product.
         """
         self.buffers.tables = tables
         self.captured.clear()
         if self.fused:
             assert isinstance(attention, KernelAttention)
-            self.attention = FusedVerification(attention, self.shape.most_carried, join)
+            self.attention = FusedVerification(attention, self.shape.most_carried, join, paired)
         else:
-            self.attention = BackendVerification(attention, join)
+            self.attention = BackendVerification(attention, join, paired)
 
     # Before the forward
 

@@ -1,7 +1,7 @@
 """The target's and the diffusion view's attention of one layer side by side, in as few launches as there can be.
 
-    q, k, v     a product for each view; norms, rotation and the write to the cache in one launch for both
-    results     each view's product into its part of one tensor, and one sum over the ranks
+    q, k, v     a product for both views, or one for each; norms, rotation and the write to the cache in one launch
+    results     a product for both views, or each view's into its part of one tensor; and one sum over the ranks
 
 This calls the parts of the target's attention module instead of the module, so it is for those that are known.
 """
@@ -9,15 +9,15 @@ This calls the parts of the target's attention module instead of the module, so 
 from typing import Any
 
 import torch
-from vllm import envs
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.platforms import current_platform
 
 from vllm_orthrus.engine.attention.blocks import CachedLayer
 from vllm_orthrus.engine.attention.cache import PLAIN, cached_keys_values
 from vllm_orthrus.engine.attention.kernel import unreadable
+from vllm_orthrus.engine.onepass import pairs
+from vllm_orthrus.engine.onepass.pairs import is_a_product, side_by_side
+from vllm_orthrus.engine.quantization import multiplies_in_place, multiply_in_fp8
 from vllm_orthrus.engine.rotation import projected, rotate, rotate_nothing, rotates_plainly
 from vllm_orthrus.engine.target_attention import computes_as_given
 from vllm_orthrus.kernels.norm_rotate import CacheSlots
@@ -43,12 +43,16 @@ def can_join(layer: CachedLayer, target: Any, device: torch.device) -> bool:
 
 
 def project(
-    target: Any, diffusion: Any, positions: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
+    target: Any, diffusion: Any, positions: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor, pair: bool
 ) -> list[Rows]:
     """Of verification rows, whose keys and values are in the cache then, and of hypothesis rows."""
     split = len(positions[0])
-    qkv, _ = target.qkv_proj(hidden[:split])
-    fresh, _ = diffusion.qkv_proj(hidden[split:])
+    weights = side_by_side(target.qkv_proj, diffusion.qkv_proj) if pair else None
+    if weights is None:
+        qkv, _ = target.qkv_proj(hidden[:split])
+        fresh, _ = diffusion.qkv_proj(hidden[split:])
+    else:
+        qkv, fresh = pairs.project(hidden, split, weights)
     views = projected(target, qkv, positions[0]), projected(diffusion, fresh, positions[1])
     return rotate(views, diffusion.sizes, diffusion.head_dim, target.rotary_emb, diffusion.eps, _slots(target.attn))
 
@@ -66,32 +70,48 @@ def _slots(attn: Any) -> CacheSlots | None:
     return None if slots is None else CacheSlots(*cached_keys_values(attn), slots)
 
 
+class Attended:
+    """Where the rows of both views put what they see in a layer, and what becomes of it."""
+
+    def __init__(self, target: Any, diffusion: Any, rows: Rows, fresh: Rows, pair: bool) -> None:
+        self.target, self.diffusion = target, diffusion
+        sizes = len(rows[0]), len(fresh[0])
+        self.weights = side_by_side(target.o_proj, diffusion.o_proj) if pair else None
+        if self.weights is None:
+            self.verified, self.drafted = (q.new_empty(q.shape) for q in (rows[0], fresh[0]))
+        else:
+            self.room = pairs.Room(rows[0], *sizes)
+            self.verified, self.drafted = self.room.verified, self.room.drafted
+
+    def results(self) -> torch.Tensor:
+        """[rows of both, hidden]"""
+        if self.weights is None:
+            return results(self.target, self.diffusion, self.verified, self.drafted)
+        return _summed(self.target, self.room.results(self.weights))
+
+
 def results(target: Any, diffusion: Any, verified: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
     """[rows of both, hidden]"""
     given = [(one.o_proj, rows, _bias(one.o_proj)) for one, rows in ((target, verified), (diffusion, drafted))]
-    if all(_is_a_product(o_proj) for o_proj, _, _ in given):
+    if all(is_a_product(o_proj) or multiplies_in_place(o_proj, verified.dtype) for o_proj, _, _ in given):
         out = verified.new_empty(len(verified) + len(drafted), target.o_proj.output_size)
         for (o_proj, rows, bias), part in zip(given, out.split([len(verified), len(drafted)]), strict=True):
-            if bias is None:
+            if not is_a_product(o_proj):
+                multiply_in_fp8(o_proj, rows, bias, part)
+            elif bias is None:
                 torch.mm(rows, o_proj.weight.t(), out=part)
             else:
                 torch.addmm(bias, rows, o_proj.weight.t(), out=part)
     else:
         out = torch.cat([o_proj.quant_method.apply(o_proj, rows, bias) for o_proj, rows, bias in given])
+    return _summed(target, out)
+
+
+def _summed(target: Any, out: torch.Tensor) -> torch.Tensor:
+    """Over the ranks."""
     return tensor_model_parallel_all_reduce(out) if target.o_proj.tp_size > 1 else out
 
 
 def _bias(o_proj: Any) -> torch.Tensor | None:
     """Added once, and not by every rank."""
     return None if o_proj.tp_rank > 0 else o_proj.bias
-
-
-def _is_a_product(linear: Any) -> bool:
-    """Of a matrix that lies as it was loaded, by whichever kernel is fastest."""
-    return (
-        isinstance(linear.quant_method, UnquantizedLinearMethod)
-        and linear.weight.dim() == 2
-        and linear.weight.numel() > 0  # on CPUs vLLM may keep it in another form
-        and not current_platform.is_rocm()  # which has products of its own for few rows
-        and not envs.VLLM_BATCH_INVARIANT
-    )

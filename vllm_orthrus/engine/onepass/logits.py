@@ -24,7 +24,7 @@ from vllm_orthrus.engine.onepass.rows import HypothesisRows
 from vllm_orthrus.engine.settings import DraftShape
 from vllm_orthrus.engine.vllm import InputBatch, VllmConfig
 from vllm_orthrus.kernels.take_rows import take_rows
-from vllm_orthrus.policy.cost import Forward, joins
+from vllm_orthrus.policy.cost import joins
 
 
 def requests_joined(shape: DraftShape, vllm_config: VllmConfig) -> frozenset[int]:
@@ -37,11 +37,7 @@ def requests_joined(shape: DraftShape, vllm_config: VllmConfig) -> frozenset[int
     if how == "once":
         return frozenset(carrying)
     device, model = device_of(), model_of(vllm_config)
-
-    def forward(count: int) -> Forward:
-        return Forward(count, 0, shape.verified, shape.block * shape.num_hypotheses(count), shape.verified)
-
-    return frozenset(count for count in carrying if joins(device, model, forward(count)))
+    return frozenset(count for count in carrying if joins(device, model, shape.carrying(count)))
 
 
 class JoinedLogits:

@@ -21,9 +21,10 @@ from vllm_orthrus.kernels.dual_view_attention import Verification
 class OnePassAttention(ABC):
     """One call per layer of a forward with hypotheses."""
 
-    def __init__(self, blocks: BlockAttention, join: bool) -> None:
+    def __init__(self, blocks: BlockAttention, join: bool, paired: frozenset[int] = frozenset()) -> None:
         self.blocks = blocks  # how hypotheses attend
         self.join = join  # both views' projections
+        self.paired = paired  # numbers of requests for which one product is quicker than one for each view
         self.supports_graphs = blocks.supports_graphs
 
     @abstractmethod
@@ -38,9 +39,10 @@ class OnePassAttention(ABC):
         """Verification rows of nobody, where they share a launch with hypotheses. After `clear`."""
         return None
 
-    @abstractmethod
     def begin(self, blocks: Blocks) -> None:
         """A forward with these hypotheses starts."""
+        self.pair = len(blocks.prefix_lengths) in self.paired
+        self.blocks.begin(blocks)
 
     @abstractmethod
     def __call__(
@@ -63,9 +65,6 @@ class BackendVerification(OnePassAttention):
     def clear(self) -> None:
         """Nothing to clear: vLLM makes metadata for each forward."""
 
-    def begin(self, blocks: Blocks) -> None:
-        self.blocks.begin(blocks)
-
     def __call__(
         self,
         layer: int,
@@ -75,8 +74,11 @@ class BackendVerification(OnePassAttention):
         hidden: torch.Tensor,
     ) -> torch.Tensor:
         if self.join:
-            rows, fresh = joined.project(target, diffusion, positions, hidden)
-            return joined.results(target, diffusion, attend_to_cache(target.attn, *rows), self.blocks(layer, *fresh))
+            rows, fresh = joined.project(target, diffusion, positions, hidden, self.pair)
+            attended = joined.Attended(target, diffusion, rows, fresh, self.pair)
+            attend_to_cache(target.attn, *rows, attended.verified)
+            self.blocks.into(attended.drafted, layer, *fresh)
+            return attended.results()
         split = len(positions[0])
         verified = target(positions=positions[0], hidden_states=hidden[:split])
         drafted = diffusion(positions[1], hidden[split:], target.rotary_emb, self.blocks, layer)
@@ -92,8 +94,8 @@ class FusedVerification(OnePassAttention):
 
     blocks: KernelAttention
 
-    def __init__(self, blocks: KernelAttention, max_num_reqs: int, join: bool) -> None:
-        super().__init__(blocks, join)
+    def __init__(self, blocks: KernelAttention, max_num_reqs: int, join: bool, paired: frozenset[int]) -> None:
+        super().__init__(blocks, join, paired)
         self.width = blocks.verified
         rows, device = max_num_reqs * self.width, blocks.workspace.device
         self.uniform = torch.arange(0, rows + 1, self.width, dtype=torch.int32, device=device)
@@ -121,7 +123,7 @@ class FusedVerification(OnePassAttention):
         return Verification(q, self.lengths, self.width, torch.empty_like(q), self.starts[: num_reqs + 1])
 
     def begin(self, blocks: Blocks) -> None:
-        self.blocks.begin(blocks)
+        super().begin(blocks)
         self.num_reqs = len(blocks.prefix_lengths)
 
     def __call__(
@@ -133,8 +135,10 @@ class FusedVerification(OnePassAttention):
         hidden: torch.Tensor,
     ) -> torch.Tensor:
         if self.join:
-            rows, fresh = joined.project(target, diffusion, positions, hidden)
-            return joined.results(target, diffusion, *self._attend(layer, rows[0], fresh))
+            rows, fresh = joined.project(target, diffusion, positions, hidden, self.pair)
+            attended = joined.Attended(target, diffusion, rows, fresh, self.pair)
+            self._attend(layer, rows[0], fresh, attended.verified, attended.drafted)
+            return attended.results()
         split, attn = len(positions[0]), target.attn
         fresh = diffusion.project(positions[1], hidden[split:], target.rotary_emb)
         drafted: torch.Tensor | None = None
@@ -142,7 +146,8 @@ class FusedVerification(OnePassAttention):
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             nonlocal drafted
             write_to_cache(attn, key, value)
-            verified, drafted = self._attend(layer, query, fresh)
+            verified, drafted = (q.new_empty(q.shape) for q in (query, fresh[0]))
+            self._attend(layer, query, fresh, verified, drafted)
             return verified
 
         with answered_by(attn, attend):
@@ -152,18 +157,22 @@ class FusedVerification(OnePassAttention):
         return torch.cat([verified, drafted])
 
     def _attend(
-        self, layer: int, query: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the verification's rows see, whose keys and values the cache has, and what the hypotheses' rows see."""
+        self,
+        layer: int,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        verified: torch.Tensor,
+        drafted: torch.Tensor,
+    ) -> None:
+        """Fill in what the verification's rows see, whose keys and values the cache has, and the hypotheses' rows."""
         dim = self.blocks.layers[layer].attn.head_size
 
         def by_head(x: torch.Tensor) -> torch.Tensor:
             return x.view(len(x), -1, dim)
 
-        verified = query.new_empty(query.shape)
         starts = self.starts[: self.num_reqs + 1]
         rows = Verification(by_head(query), self.lengths, self.width, by_head(verified), starts)
-        return verified, self.blocks(layer, *fresh, rows)
+        self.blocks.into(drafted, layer, *fresh, rows)
 
 
 def refuse_unfusable(vllm_config: VllmConfig, layers: list[CachedLayer]) -> None:
