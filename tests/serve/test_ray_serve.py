@@ -52,8 +52,9 @@ class App(Server):
         file = folder / "app.yaml"
         file.write_text((ROOT / starts[-1]).read_text().replace("8000", str(self.port)))
         # A cluster of its own, whatever else runs here. Without a token: this process asks it, which has settled by now
-        # that it has none.
-        variables = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        # that it has none. Nor are its workers to be behind all other work, which is where Ray puts them.
+        variables = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+        variables["RAY_USAGE_STATS_ENABLED"] = "0"
         super().__init__([*starts[:-1], str(file)], self.port, folder / "app.log", servers.PATIENCE, variables)
 
     def _wait(self) -> None:
