@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import THOROUGH, Checkpoints, StartEngine
-from tests.engine.harness import Engine, prompts
+from tests.engine.harness import Engine, listen, prompts
 from vllm_orthrus.engine.config import default_modes
+from vllm_orthrus.patches.metrics import MODE_METRICS
 from vllm_orthrus.patches.modes import AskPolicy
 from vllm_orthrus.policy.clock import Step
 from vllm_orthrus.policy.modes import ModePolicy
@@ -119,6 +120,22 @@ def test_drafts_that_do_not_pay_are_soon_given_up(start: StartEngine, tiny: Chec
     observe = clock.observe
     monkeypatch.setattr(clock, "observe", lambda step: observe(step._replace(seconds=1e-4 / step.seconds**2)))
     assert not ends_plain(faulty, monkeypatch)
+
+
+def test_what_it_was_worth_is_told(changing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the policy to `/metrics` and the log, once. Steps behind the last verification are told with the next."""
+    logger, said = listen(changing, monkeypatch)
+    take_turns(policy_of(changing), monkeypatch)
+    for _ in range(2):
+        changing.run(prompts(3, shortest=20), 24)
+        told = {metric.name: getattr(metric, "value", 0.0) for metric in changing.llm.get_metrics()}
+        for name, metric in MODE_METRICS.items():
+            assert told[metric.name] == pytest.approx(1e-6 * changing.one_pass[name])
+        worth = policy_of(changing).worth
+        assert 0.9 * worth.seconds < told["vllm:orthrus_decoding_seconds"] <= worth.seconds + 1e-6
+        assert 0.9 * worth.plain < told["vllm:orthrus_plain_seconds"] <= worth.plain + 1e-6
+    logger.log()
+    assert len([line for line in said if "times as fast as plain steps" in line]) == 1
 
 
 @pytest.mark.parametrize(

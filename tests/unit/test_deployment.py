@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -56,6 +57,93 @@ def test_manifests_fit_each_other() -> None:
     assert volumes["models"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     last_words = int(container["args"][container["args"].index("--shutdown-timeout") + 1])
     assert pod["spec"]["terminationGracePeriodSeconds"] > last_words
+
+
+def fields(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:
+    """Of a schema: an object that has these and no others."""
+    properties = required | (optional or {})
+    return {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
+
+
+TEXT, COUNT, SWITCH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+GROUP = {
+    "rayStartParams": {"type": "object", "additionalProperties": TEXT},
+    "template": fields(spec={"type": "object"}),
+}
+WORKERS = fields({"replicas": COUNT}, groupName=TEXT, minReplicas=COUNT, maxReplicas=COUNT, **GROUP)
+# As much of KubeRay's as ours uses: the whole is in no package. ORTHRUS_TEST_RAYSERVICE_CRD may name a file of it.
+RAY_SERVICE = fields(
+    serveConfigV2=TEXT,
+    rayClusterConfig=fields(
+        {"enableInTreeAutoscaling": SWITCH},
+        rayVersion=TEXT,
+        headGroupSpec=fields(**GROUP),
+        workerGroupSpecs={"type": "array", "items": WORKERS},
+    ),
+)
+
+
+def ray_service() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The claim of a volume, and what KubeRay is asked for."""
+    claim, service = yaml.safe_load_all((KUBERNETES / "rayservice.yaml").read_text())
+    return claim, service
+
+
+def pods(service: dict[str, Any]) -> list[dict[str, Any]]:
+    """Head first."""
+    cluster = service["spec"]["rayClusterConfig"]
+    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_the_ray_service_fits_its_schemas() -> None:
+    claim, service = ray_service()
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(claim, version, strict=True)
+    for pod in pods(service):
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": pod}
+        kubernetes_validate.validate(whole, version, strict=True)
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    jsonschema.validate(service["spec"], RAY_SERVICE)
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplica"] = 4
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(service["spec"], RAY_SERVICE)
+
+
+@pytest.mark.skipif("ORTHRUS_TEST_RAYSERVICE_CRD" not in os.environ, reason="no file of KubeRay's schema")
+def test_the_ray_service_fits_the_whole_schema() -> None:
+    definition = yaml.safe_load(Path(os.environ["ORTHRUS_TEST_RAYSERVICE_CRD"]).read_text())
+    schema = next(one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == "v1")
+    jsonschema.validate(ray_service()[1], closed(schema))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"spec": {"rayClusterConfig": {"headGroupSpec": {}}}}, closed(schema))
+
+
+def closed(schema: Any) -> Any:
+    """As Kubernetes reads it: fields that are not named are mistakes, and some numbers may be strings."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    read = {name: closed(one) for name, one in schema.items()}
+    if schema.get("x-kubernetes-int-or-string"):
+        read.pop("type", None)
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        read.setdefault("additionalProperties", False)
+    return read
+
+
+def test_the_ray_service_fits_the_example_and_the_image() -> None:
+    claim, service = ray_service()
+    deployed = yaml.safe_load(service["spec"]["serveConfigV2"])
+    by_hand = yaml.safe_load((ROOT / "examples" / "ray_serve" / "qwen3-8b.yaml").read_text())
+    assert deployed["applications"] == by_hand["applications"]
+    head, worker = pods(service)
+    assert head["containers"][0]["image"] == worker["containers"][0]["image"], "one version everywhere"
+    volumes = {one["name"]: one for one in worker["volumes"]}
+    assert {one["name"] for one in worker["containers"][0]["volumeMounts"]} == set(volumes)
+    assert volumes["models"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    pinned = re.search(r'"ray\[[a-z,]+\]==(.+)"', (CONTAINERS / "Dockerfile").read_text())
+    assert pinned is not None and pinned[1] == service["spec"]["rayClusterConfig"]["rayVersion"]
 
 
 def every_command() -> Iterator[list[str]]:

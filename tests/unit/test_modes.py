@@ -48,7 +48,7 @@ class Machine:
             drafting = self.policy.choose(names, 1000)
             self.modes.append(drafting)
             spent = self.seconds(requests, verified, drafting) * (1 + self.noise * self.random.random())
-            outcomes = []
+            outcomes, before = [], sum(said.values())
             for name in names:
                 accepted = 0
                 while accepted < verified and self.random.random() < chance(said[name]):
@@ -57,7 +57,9 @@ class Machine:
                 if verified:
                     outcomes.append(Outcome(name, verified, accepted))
             self.policy.verified(outcomes)
-            self.policy.observe(Step(requests, 1000, verified, drafting, spent))
+            step = Step(requests, 1000, verified, drafting, spent)
+            self.policy.observe(step)
+            self.policy.gave(sum(said.values()) - before, step)
             clock, verified = clock + spent, drafting
         for name in names:
             self.policy.finished(name)
@@ -141,6 +143,25 @@ def test_what_cannot_pay_is_not_tried() -> None:
     machine = Machine(ModePolicy(MODES, costs(4)), rows_per_forward=4)
     machine.serve(lambda said: 0.95, 500, requests=256)
     assert set(machine.modes[20:]) == {0}
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+@pytest.mark.parametrize("chance", [0.1, 0.95])
+def test_what_it_was_worth(chance: float, requests: int) -> None:
+    """Plain steps are seen now and then only, and drafts of the newest step have given nothing yet."""
+    machine = Machine(ModePolicy(MODES, costs(20)), rows_per_forward=20)
+    rate = machine.serve(lambda said: chance, 1000, requests)
+    plain = machine.fixed(0, lambda said: chance, requests) / (1 + machine.noise / 2)
+    found = machine.policy.worth.speed_up
+    assert found == pytest.approx(rate / plain, rel=0.02)
+    assert found > 1.5 if (chance, requests) == (0.95, 1) else found > 0.9
+
+    # A planted fault: failed trials are left out.
+    machine = Machine(policy := ModePolicy(MODES, costs(20)), rows_per_forward=20)
+    gave = policy.gave
+    policy.gave = lambda tokens, step: gave(tokens, step) if tokens > requests else None  # type: ignore[method-assign]
+    rate = machine.serve(lambda said: chance, 1000, requests)
+    assert policy.worth.speed_up != pytest.approx(rate / plain, rel=0.02)
 
 
 def test_planted_fault_inverted_costs() -> None:

@@ -43,7 +43,8 @@ def nodes_of(address: str) -> Iterator[Node]:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--cluster {address}: no Ray cluster there ({error}). Start one, or name its address."
+            f"--cluster {address}: no Ray cluster there ({error}). Start one, or name its address; one that has a "
+            "token, as those have that Ray starts by itself, wants RAY_AUTH_MODE=token."
         ) from error
     ask = ray.remote(num_cpus=0, max_retries=0)(asked_there())
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -51,6 +51,9 @@ class Forced:
     def verified(self, outcomes: Sequence[Outcome]) -> None:
         """Made-up prompts say nothing of real ones."""
 
+    def gave(self, tokens: int, step: Step) -> None:
+        """Nobody asked for them."""
+
     def finished(self, request: Hashable) -> None:
         """Nothing was kept."""
 

@@ -1,7 +1,7 @@
-"""Counts of one-pass drafting and of cascades, from the rank that counts to vLLM's `/metrics` and its periodic log.
+"""Counts of one-pass drafting, cascades and modes, from where they are made to vLLM's `/metrics` and its periodic log.
 
     worker        puts what was counted since the start beside each step's output
-    engine core   tells the front end what is new, beside vLLM's own counts of drafts
+    engine core   adds what its policy of modes has, and tells the front end what is new, beside vLLM's counts of drafts
     front end     adds it up
 
 As far as the engine core the counts are totals, so that an output that is lost, or another rank's, changes nothing.
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from vllm_orthrus.cascades.rules import RULES
 from vllm_orthrus.patches.arguments import is_ours
+from vllm_orthrus.patches.modes import AskPolicy
 from vllm_orthrus.patches.registry import Patch, takes
 
 Counts = dict[str, int]
@@ -30,6 +31,7 @@ class Metric(NamedTuple):
     documentation: str
     cause: str | None = None
     rule: str | None = None
+    unit: float = 1  # of what is counted
 
 
 _MISSES = ("vllm:orthrus_misses", "Verifications whose outcome no hypothesis had foreseen exactly, by cause.")
@@ -44,6 +46,20 @@ METRICS = {
     "draft_passes": Metric("vllm:orthrus_draft_passes", "Drafts of a request that took a forward of their own."),
 }
 
+# There where modes are chosen. Their quotient is by how much drafting is estimated to be faster.
+MODE_METRICS = {
+    "seconds": Metric(
+        "vllm:orthrus_decoding_seconds",
+        "Seconds of steps that decoded and read no prompt, plain ones included.",
+        unit=1e-6,
+    ),
+    "plain_seconds": Metric(
+        "vllm:orthrus_plain_seconds",
+        "Seconds that plain steps would have taken for the tokens of the same steps, as is believed.",
+        unit=1e-6,
+    ),
+}
+
 # There once a request has asked for a cascade.
 _TAKEN = ("vllm:orthrus_cascade_tokens", "LOSSY: tokens that a cascade's rule has left to the draft, by rule.")
 _DEPARTED = ("vllm:orthrus_cascade_departures", "Those among them that aren't the model's likeliest, by rule.")
@@ -53,6 +69,8 @@ CASCADE_METRICS = {
     for what, named in (("taken", _TAKEN), ("departed", _DEPARTED))
     for rule in RULES
 }
+
+ALL_METRICS = METRICS | MODE_METRICS | CASCADE_METRICS
 
 
 @dataclass
@@ -91,14 +109,17 @@ def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = original(self, scheduler_output, model_runner_output)
-        counts: Counts | None = getattr(model_runner_output, "orthrus", None)
-        if counts is not None:
+        counts: Counts = getattr(model_runner_output, "orthrus", None) or {}
+        if isinstance(ask := getattr(self, "dynamic_sd_lookup", None), AskPolicy):
+            counts = counts | ask.counts()
+        if counts:
             all_stats = (output.scheduler_stats for output in outputs.values())
             stats = next((found.spec_decoding_stats for found in all_stats if found is not None), None)
             # None in a step that verified nothing. What it counted is in the next step's total as well.
             if stats is not None:
-                stats.orthrus = new_since(getattr(self, "orthrus_told", {}), counts)
-                self.orthrus_told = counts
+                told: Counts = getattr(self, "orthrus_told", {})
+                stats.orthrus = new_since(told, counts)
+                self.orthrus_told = told | counts
         return outputs
 
     return update_from_output
@@ -124,6 +145,7 @@ def _init_prom(original: Callable[..., None]) -> Callable[..., None]:
             return
         make = partial(_make_counters, self._counter_cls, labelnames, per_engine_labelvalues)
         self.orthrus = make(METRICS) if speculative_config.orthrus_passes == "one" else {}
+        self.orthrus |= make(MODE_METRICS) if speculative_config.orthrus_modes else {}
         self.orthrus_cascades = partial(make, CASCADE_METRICS)
 
     return __init__
@@ -160,7 +182,7 @@ def _observe_prom(original: Callable[..., None]) -> Callable[..., None]:
         if not CASCADE_METRICS.keys().isdisjoint(new) and not CASCADE_METRICS.keys() <= self.orthrus.keys():
             self.orthrus |= self.orthrus_cascades()
         for counted, counters in getattr(self, "orthrus", {}).items():
-            counters[engine_idx].inc(new.get(counted, 0))
+            counters[engine_idx].inc(ALL_METRICS[counted].unit * new.get(counted, 0))
 
     return observe
 
@@ -182,6 +204,11 @@ def _log(original: Callable[..., None]) -> Callable[..., None]:
         original(self, log_fn)
         counts: Counter[str] = vars(self).pop("orthrus", Counter())
         _log_cascades(counts, log_fn)
+        if counts["seconds"]:
+            log_fn(
+                "Orthrus: %.2f times as fast as plain steps, as is believed.",
+                counts["plain_seconds"] / counts["seconds"],
+            )
         verifications = counts["verifications"]
         if not verifications:
             return

@@ -53,9 +53,17 @@ class AskPolicy:
         counts = batch.num_scheduled_tokens
         verified = {len(drafts.get(request, ())) for request in counts}
         decoded = all(count == 1 + len(drafts.get(request, ())) for request, count in counts.items())
-        if decoded and not batch.scheduled_new_reqs and len(verified) == 1:
+        if decoded and not batch.scheduled_new_reqs:
             drafting, context = batch.num_spec_tokens_to_schedule, _context(self.scheduler.running)
-            self.policy.observe(Step(len(counts), context, verified.pop(), drafting, seconds))
+            step = Step(len(counts), context, max(verified), drafting, seconds)
+            if len(verified) == 1:
+                self.policy.observe(step)
+            self.policy.gave(sum(map(len, sampled)), step)
+
+    def counts(self) -> dict[str, int]:
+        """In microseconds, since the start."""
+        worth = self.policy.worth
+        return {"seconds": round(1e6 * worth.seconds), "plain_seconds": round(1e6 * worth.plain)}
 
 
 def _context(running: list[Any]) -> float:

@@ -17,7 +17,7 @@ Where reading the weights is what takes time, drafting with a pass of its own at
 large batches, it takes several times as long, and so much is lost by drafts that are made in vain: the dearer they
 are, the less is spent on trials, and the sooner a request's own rejections count for more than what others kept.
 
-Nothing here knows of an engine: the host calls `choose` before a step, `verified` and `observe` behind it.
+Nothing here knows of an engine: the host calls `choose` before a step, `verified`, `observe` and `gave` behind it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from vllm_orthrus.policy.clock import TIMED, Cell, Clock, Costs, Step
 from vllm_orthrus.policy.kept import PRIOR, KeptBothWays, Outcome
+from vllm_orthrus.policy.worth import Worth
 
 STAY = 1.03  # another mode must promise that much more to be taken
 LEAVE = 1.1  # times plain decoding, to begin with drafts: what seems the best of several seems better than it is
@@ -57,6 +58,7 @@ class ModePolicy:
         self.rides = rides
         self.clock = Clock(costs)
         self.kept = KeptBothWays(self.modes[-1])
+        self.worth = Worth()
         self.mode = 0
         self.riding: int | None = None  # the mode of this batch that drafts inside the verification
         self.patience = 1  # times the price, without new requests
@@ -78,6 +80,13 @@ class ModePolicy:
 
     def observe(self, step: Step) -> None:
         self.clock.observe(step)
+
+    def gave(self, tokens: int, step: Step) -> None:
+        """To all requests together; steps on the way from one mode to another count, too."""
+        plain = step.verified == step.drafting == 0
+        if plain or self.clock.known:
+            asked = {0: step.seconds} if plain else self.clock.seconds(step.requests, step.context, (0,))
+            self.worth.add(step.seconds, asked[0], tokens, step.requests)
 
     # Before a step
 
