@@ -108,6 +108,11 @@ SOURCES: Mapping[str, Source] = {
         5,
         variables=ONE_CORE,
     ),
+    "mixed-batches.json": Source(
+        "what batches that read prompts would gain by carrying blocks, by the roofline; nothing of it is measured",
+        (f"python -m benchmarks.mixed_batches --out {OUT}",),
+        20,
+    ),
     "mode-simulation.json": Source(
         "what the policy is worth on five GPUs, by their rooflines; nothing of it is measured",
         (f"python -m benchmarks.mode_simulation --lines --tokens 8000 --out {OUT}",),
