@@ -21,6 +21,7 @@ from benchmarks.speedup_picture import draw
 
 MODES = "cpu-modes-bfloat16-xeon-amx-2-cores.json"
 MODES_ELSEWHERE = "cpu-modes-bfloat16-epyc-2-cores.json"
+SELECTOR = "selector-tiny.json"
 COST = "cost-xeon-amx-2-cores.json"
 PICTURE = ROOT / "docs" / "pictures" / "speedup.svg"
 BLOCK = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(\n<!-- end of figures -->)", re.DOTALL)
@@ -179,7 +180,41 @@ def cascades() -> str:
     return table(["", "arithmetic", "JSON", "log"], rows)
 
 
+def selector() -> str:
+    """Tokens per cycle of two passes."""
+    found = evidence(SELECTOR)["two_passes"]
+    head = ["class", *(f"T = {degrees}: {what}" for degrees in ("0", "0.8") for what in ("head alone", "selector"))]
+    head.insert(3, "gain, and 95 % by resampling the prompts")
+    rows = []
+    for kind, cold in found["0.0"].items():
+        warm = found["0.8"][kind]
+        within = f"{cold['gain']:+.0%} ({cold['gain_least']:+.0%} to {cold['gain_most']:+.0%})".replace("%", " %")
+        figures = [f"{one[name]:.2f}" for one in (cold, warm) for name in ("alone", "selector")]
+        rows.append([kind, *figures[:2], within, *figures[2:]])
+    return table(head, rows)
+
+
+def selector_in_one_pass() -> str:
+    """Beside the tokens per forward of two passes, which are half of those of a cycle."""
+    found = evidence(SELECTOR)
+    two, one = found["two_passes"]["0.0"], found["one_pass"]
+    rows = []
+    for kind in ("low-entropy", "code", "prose", "all"):
+        alone, selected = one["alone"][kind], one["selector"][kind]
+        gain = 2 * selected["tokens_per_forward"] / two[kind]["selector"]
+        misses = [
+            f"{100 * each['hit']:.0f} / {100 * each['count_missed']:.0f} / {100 * each['bonus_missed']:.0f}"
+            for each in (alone, selected)
+        ]
+        rates = [f"{each['tokens_per_forward']:.2f}" for each in (alone, selected)]
+        rows.append([kind, *rates, f"{gain:.2f}x", *misses])
+    head = ["class", "one pass, head alone", "with the selector", "of two passes with it"]
+    return table([*head, "hits / number missed / bonus missed, %, alone", "with it"], rows)
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
+    "selector": selector,
+    "selector-in-one-pass": selector_in_one_pass,
     "times-plain": times_plain,
     "times-plain-elsewhere": times_plain_elsewhere,
     "turns": turns,
