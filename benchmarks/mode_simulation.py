@@ -180,7 +180,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=24000, help="of a cell")
     parser.add_argument("--out", type=Path, default=FOLDER / "mode-simulation.json")
     args = parser.parse_args()
-    texts = read_traces(json.loads(TRACES.read_text()))
+    texts = read_traces(json.loads(TRACES.read_text())["text"])
     fixed, every = Fixed(texts), 2 if args.quick else 1
     kinds = ("log", "prose") if args.quick else tuple(texts)
     what = environment() | {

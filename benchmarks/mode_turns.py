@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--out", type=Path, default=FOLDER / "mode-turns.json")
     args = parser.parse_args()
-    texts, steps = read_traces(json.loads(TRACES.read_text())), Steps()
+    texts, steps = read_traces(json.loads(TRACES.read_text())["text"]), Steps()
     evidence = Found(args.out, environment() | {"rounds": args.rounds, "seeds": args.seeds, "tokens": args.tokens})
     print(f"| requests | {' | '.join(texts)} | all |")
     print("|---" * (2 + len(texts)) + "|")

@@ -82,6 +82,7 @@ def other_machine(file: str, source: Source, here: str) -> str | None:
 
 
 def executable(command: str, out: Path) -> str:
+    out = out.relative_to(ROOT) if out.is_relative_to(ROOT) else out  # what was asked is kept: no folder of anybody's
     command = command.replace(OUT, shlex.quote(str(out)))
     words = command.split(" ")
     return " ".join(

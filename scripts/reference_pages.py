@@ -21,7 +21,8 @@ SETTINGS = """# Settings
 
 Made by `make reference` from `vllm_orthrus/engine/config.py`; don't edit. All of them stand in `speculative_config`:
 
-    vllm serve Qwen/Qwen3-8B --speculative-config '{"method": "orthrus", "orthrus_hypotheses": 2}'
+    vllm serve Qwen/Qwen3-8B \\
+        --speculative-config '{"method": "orthrus", "orthrus_hypotheses": 2}'
 
 or in the `--spec-*` flags. Everything else in it is refused at start, other methods' settings included: what is written
 holds, or is an error.

@@ -1,8 +1,8 @@
 """Hooks of mkdocs: pages that stand outside docs/, and links that lead out of the site.
 
 README.md is the first page; CONTRIBUTING.md, CHANGELOG.md and others outside docs/ are pages, too. Links are written as
-they work in a checkout; those to pages are turned into the site's, and of those to other files only the words stay. A
-link to nothing is an error.
+they work in a checkout; those to pages are turned into the site's, with a page's title where they say its file, and of
+those to other files only the words stay. A link to nothing is an error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,13 @@ def for_site(markdown: str, page: str) -> str:
         inside = (PAGES | PICTURES).get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if inside is None:
             return words
+        if words.endswith(".md") and "/" not in words:
+            words = title(ROOT / path)
         to = posixpath.relpath(inside, posixpath.dirname(page) or ".")
         return f"{image}[{words}]({to}{'#' + anchor if anchor else ''})"
 
     return LINK.sub(turned, markdown)
+
+
+def title(page: Path) -> str:
+    return next(line.removeprefix("# ") for line in page.read_text().splitlines() if line.startswith("# "))

@@ -80,5 +80,6 @@ def test_links_lead_to_the_sites_own_pages() -> None:
     assert for_site("![a](docs/pictures/soak.png)", "index.md") == "![a](pictures/soak.png)"
     assert for_site("[config](../vllm_orthrus/engine/config.py)", "architecture.md") == "config"
     assert for_site("[out](https://arxiv.org/abs/2605.12825)", "index.md").endswith("2605.12825)")
+    assert for_site("[one-pass.md](one-pass.md)", "memory.md") == "[One pass instead of two](one-pass.md)"
     with pytest.raises(ValueError, match=r"one-pass.md links to ../nowhere.md, and there is no nowhere.md"):
         for_site("[a](../nowhere.md)", "one-pass.md")

@@ -25,7 +25,7 @@ SAMPLE = [
 
 @pytest.fixture(scope="module")
 def fixed() -> Fixed:
-    return Fixed(read_traces(json.loads(TRACES.read_text())))
+    return Fixed(read_traces(json.loads(TRACES.read_text())["text"]))
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=lambda cell: f"{cell.device}-{cell.requests}-{cell.context}-{cell.kind}")

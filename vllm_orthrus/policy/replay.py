@@ -50,7 +50,7 @@ class World(NamedTuple):
 
 
 def read_traces(found: dict[str, Any]) -> dict[str, Text]:
-    """As `benchmarks/traces.py` writes them: digits are drafts accepted."""
+    """As `benchmarks/traces.py` writes them below `text`: digits are drafts accepted."""
 
     def digits(line: str) -> list[int]:
         return [int(digit, 16) for digit in line]
