@@ -174,6 +174,7 @@ class Load:
 
     async def __aexit__(self, *_: object) -> None:
         self.over = True
+        self.open.set()
         await asyncio.gather(*self.tasks)
         await self.to.close()
 
@@ -209,8 +210,10 @@ async def kill_one(app: App, cluster: Cluster) -> Killed:
         at = time.monotonic()
         load.open.set()
         await load.answers(30)
+        load.open.clear()  # whose work would be in the way of a replica that starts
         two = await asyncio.to_thread(until, cluster.running, lambda running: running == 2, servers.PATIENCE)
         assert two == 2, "Ray Serve has not made up for it"
+        load.open.set()
         await load.answers(30)
     return Killed(load.outcomes, at, victim, cluster.replicas())
 
