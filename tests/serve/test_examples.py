@@ -121,7 +121,7 @@ def test_from_a_command_of_yours(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_a_head_of_your_own(tmp_path: Path) -> None:
-    """Few prompts and few steps; what comes of it serves, and the rest of the figures stand in the README."""
+    """With few prompts and few steps; what comes of it serves."""
     config = tmp_path / "train.yaml"
     config.write_text((EXAMPLES / "own_head" / "train.yaml").read_text().replace("runs/own-head", str(tmp_path)))
     changes = {"examples/own_head/train.yaml": str(config), "runs/own-head": str(tmp_path)}
