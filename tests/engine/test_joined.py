@@ -146,12 +146,14 @@ def test_attended_rows_give_their_results(pair: bool, ranks: int, monkeypatch: p
     assert len(sums) == ranks - 1
 
 
-@pytest.mark.parametrize("kind", ["with a bias", "quantized", "kept in another form"])
+@pytest.mark.parametrize("kind", ["with a bias", "quantized", "kept in another form", "of another dtype"])
 def test_what_cannot_share_a_product_stays_apart(kind: str) -> None:
     first, second = linears(kind == "with a bias", Quantized() if kind == "quantized" else None)
     if kind == "kept in another form":
         for one in (first, second):
             one.weight.data = torch.empty(0)
+    if kind == "of another dtype":
+        second.weight.data = second.weight.data.bfloat16()
     lay(first, second)
     assert pairs.side_by_side(first, second) is None
 

@@ -49,9 +49,14 @@ def lay_side_by_side(view: DiffusionView) -> None:
     for layer, diffusion in zip(view.target.model.layers, view.layers, strict=True):
         for name in PROJECTIONS:
             first, second = getattr(layer.self_attn, name), getattr(diffusion, name)
-            if all(is_a_product(one) and one.bias is None for one in (first, second)):
+            if all(is_a_product(one) and one.bias is None for one in (first, second)) and _alike(first, second):
                 both = torch.stack([first.weight.data, second.weight.data])
                 first.weight.data, second.weight.data = both.unbind()
+
+
+def _alike(first: Any, second: Any) -> bool:
+    one, other = first.weight, second.weight
+    return bool(one.shape == other.shape and one.dtype == other.dtype and one.device == other.device)
 
 
 def side_by_side(first: Any, second: Any) -> torch.Tensor | None:
@@ -61,8 +66,7 @@ def side_by_side(first: Any, second: Any) -> torch.Tensor | None:
         one.numel() == 0
         or one.untyped_storage()._cdata != other.untyped_storage()._cdata
         or other.storage_offset() != one.storage_offset() + one.numel()
-        or one.shape != other.shape
-        or one.dtype != other.dtype
+        or not _alike(first, second)
     ):
         return None
     both: torch.Tensor = one.as_strided((2, *one.shape), (one.numel(), *one.stride()))
