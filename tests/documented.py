@@ -50,6 +50,7 @@ RUN_BY: tuple[tuple[str, str], ...] = (
     ("make", ".ci/run"),
     # ours
     ("vllm-orthrus answers", "tests/unit/test_trainer.py::test_answers_are_the_bases_own"),
+    ("vllm-orthrus train --selector-only", "tests/unit/test_selector.py::test_commands"),
     ("vllm-orthrus train", "tests/unit/test_trainer.py::test_commands_end_to_end"),
     ("vllm-orthrus report", "tests/unit/test_trainer.py::test_commands_end_to_end"),
     ("vllm-orthrus head convert HEAD OUTPUT --quantize", "tests/unit/test_quantize.py"),
@@ -67,6 +68,7 @@ RUN_BY: tuple[tuple[str, str], ...] = (
     ("vllm-orthrus bench", "tests/engine/test_bench.py"),
     # modules and scripts
     ("python -m benchmarks.engine_check", GPU),
+    ("python -m benchmarks.paired_products", GPU),
     ("python -m benchmarks.figures", "tests/unit/test_evidence.py::test_pages_tell_what_is_in_the_files"),
     ("python -m benchmarks.renew", "tests/unit/test_evidence.py"),
     ("python -m benchmarks.step_table", "tests/unit/test_step_table.py::test_the_page_has_the_table"),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.unit.conftest import make_base, make_head
 from tests.unit.test_trainer import InterruptedTrainer, configure, metrics, settings
+from vllm_orthrus.cli.main import main
 from vllm_orthrus.heads import (
     HeadConfig,
     HeadError,
@@ -187,6 +189,22 @@ def test_a_head_may_be_trained_with_it(settings: dict[str, Any]) -> None:
     assert made.selector is not None and made.selector.shape == SHAPE
     assert any(tensor.any() for part, tensor in made.selector.tensors() if part == "candidate"), "it has learnt"
     Trainer(configure(settings, train="both", selector__rank=4, selector__candidates=8), resume=True)
+
+
+def test_commands(
+    settings: dict[str, Any], trained_head: Path, folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained_head.parent / "selector.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    wanted = ["--set", "selector.rank=4", "--set", "selector.candidates=8", "--set", "run.max_steps=2"]
+    assert main(["train", "--selector-only", "--head", str(trained_head), "--config", str(config), *wanted]) == 0
+    made = Path(settings["output"]) / "selector"
+    assert f"selector written to {made}" in capsys.readouterr().out
+    assert open_selector(made).shape == SHAPE
+    for head in folders[1], trained_head:
+        assert main(["head", "inspect", str(head)]) == 0
+    told = capsys.readouterr().out
+    assert "rank 4, 8 candidates" in told and "selector:      none" in told
 
 
 def test_what_cannot_be_trained(settings: dict[str, Any], folders: tuple[Path, Path, Path], trained_head: Path) -> None:

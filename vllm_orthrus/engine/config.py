@@ -127,7 +127,7 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
 
     orthrus_selector: str = "auto"
     """What reads the draft before when the next is chosen. "auto": the head's own, if it has one. "off": each row
-    speaks for itself. Else a folder or repository that `vllm-orthrus train --selector-only` made for this head."""
+    speaks for itself. Else the folder or repository of one that was trained for this head."""
 
     orthrus_cascade: dict[str, Any] | str | None = None
     """LOSSY. The rule by which requests that say nothing leave tokens to the draft, as {"rule": "token_v3", "alpha":
