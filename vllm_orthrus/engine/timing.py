@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm_orthrus.engine.vllm import Request, SamplingParams
 from vllm_orthrus.policy.clock import Cell, Step
 from vllm_orthrus.policy.kept import Outcome
+from vllm_orthrus.policy.worth import Worth
 
 logger = init_logger("vllm.orthrus")
 
@@ -40,6 +41,7 @@ class Forced:
     def __init__(self) -> None:
         self.drafts = 0
         self.steps: list[Step] = []
+        self.worth = Worth()  # nothing: what is made up is not counted
 
     def choose(self, requests: Sequence[Hashable], context: float) -> int:
         return self.drafts
