@@ -124,7 +124,7 @@ def test_drafts_that_do_not_pay_are_soon_given_up(start: StartEngine, tiny: Chec
 
 
 def counted() -> dict[str, float]:
-    """As `/metrics` has them, of all engines that this process has had."""
+    """As `/metrics` has them, of the engine that was started last: vLLM lets go of those before."""
     families = {family.name: family for family in REGISTRY.collect()}
     return {
         name: sum(one.value for one in families[metric.name].samples if one.name.endswith("_total"))
@@ -132,8 +132,9 @@ def counted() -> dict[str, float]:
     }
 
 
-def test_what_it_was_worth_is_told(changing: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_was_worth_is_told(start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the policy to `/metrics` and the log, once. Steps behind the last verification are told with the next."""
+    changing = start({"method": "orthrus", "model": str(tiny.block_head)})
     logger, said = listen(changing, monkeypatch)
     take_turns(policy_of(changing), monkeypatch)
     before, told_before = counted(), dict(changing.one_pass)
