@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=12000, help="of a cell")
     parser.add_argument("--out", type=Path, default=FOLDER / "mixed-batches.json")
     args = parser.parse_args()
-    texts = read_traces(json.loads(TRACES.read_text()))
+    texts = read_traces(json.loads(TRACES.read_text())["text"])
     what = {
         "asked": f"--tokens {args.tokens}",
         "model": MODEL._asdict(),

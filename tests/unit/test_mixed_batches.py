@@ -13,7 +13,7 @@ from vllm_orthrus.policy.devices import DEVICES
 from vllm_orthrus.policy.replay import Text, read_traces
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "one-pass.md").read_text()
-TEXTS = read_traces(json.loads(FILE.read_text()))
+TEXTS = read_traces(json.loads(FILE.read_text())["text"])
 
 
 @pytest.mark.parametrize("blocks", [0, 3])
