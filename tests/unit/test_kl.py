@@ -35,7 +35,7 @@ def plain_kl(student, teacher, of_row, weight, row_weights):  # type: ignore[no-
 def test_loss_and_gradient_are_autograds(
     problem: dict[str, torch.Tensor], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kl, "_chunk_rows", lambda weight: chunk)
+    monkeypatch.setattr(kl, "chunk_rows", lambda weight: chunk)
     expected, per_row = plain_kl(**problem)
     (expected_grad,) = torch.autograd.grad(expected, problem["student"])
     result = forward_kl(**problem)
@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_autograds(
 def test_each_teacher_distribution_is_computed_once(
     problem: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kl, "_chunk_rows", lambda weight: 10_000)
+    monkeypatch.setattr(kl, "chunk_rows", lambda weight: 10_000)
     projected: list[int] = []
     sound = kl._log_softmax
     monkeypatch.setattr(
