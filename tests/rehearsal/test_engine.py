@@ -103,7 +103,8 @@ def test_tells_what_the_twins_tell(
     if passes == "two":
         return
     drafting = interpreted.runner.speculator.drafting
-    assert bool(drafting.logits.requests) == bool(drafting.paired) == paired(interpreted) == (vocabulary == "once")
+    assert bool(drafting.logits.requests) == (vocabulary == "once")
+    assert bool(drafting.paired) == paired(interpreted)
     assert expected[1].one_pass["hits"] > 0
     assert expected[1].one_pass["bonus_missed"] > 0
 
