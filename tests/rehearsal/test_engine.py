@@ -103,8 +103,9 @@ def test_tells_what_the_twins_tell(
     if passes == "two":
         return
     drafting = interpreted.runner.speculator.drafting
-    assert bool(drafting.logits.requests) == (vocabulary == "once")
-    assert bool(drafting.paired) == paired(interpreted)
+    # Where weights have a CPU's own form, they stay apart whatever would be quicker.
+    assert bool(drafting.logits.requests) == paired(interpreted) == (vocabulary == "once")
+    assert drafting.paired
     assert expected[1].one_pass["hits"] > 0
     assert expected[1].one_pass["bonus_missed"] > 0
 
