@@ -25,13 +25,14 @@ import random
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.evidence import FOLDER, Evidence
+from benchmarks.evidence import FOLDER, environment
+from benchmarks.mode_simulation import Simulated
 from benchmarks.traces import FILE as TRACES
 from vllm_orthrus.policy.cost import (
     Device,
@@ -193,12 +194,6 @@ class Cell(NamedTuple):
     kind: str
 
 
-@dataclass
-class Found(Evidence):
-    cells: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-
-
 def simulate(cell: Cell, texts: dict[str, Text], tokens: int) -> dict[str, Any]:
     """Every way from the same starts."""
     device, text = find_device(cell.device), texts[cell.kind]
@@ -258,13 +253,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=FOLDER / "mixed-batches.json")
     args = parser.parse_args()
     texts = read_traces(json.loads(TRACES.read_text())["text"])
-    what = {
+    what = environment() | {
         "asked": f"--tokens {args.tokens}",
         "model": MODEL._asdict(),
         "devices": [find_device(name)._asdict() for name in DEVICES],
         "budgets": BUDGETS,
     }
-    evidence = Found(args.out, what)
+    evidence = Simulated(args.out, what)
     for cell in tqdm(cells(texts), desc="cells", leave=False):
         evidence.cells.append(simulate(cell, texts, args.tokens))
     evidence.summary = summarise(evidence.cells)

@@ -6,7 +6,7 @@ And for docs/heads.md: with a head in bf16, and with one in fp8.
 Qwen3-8B in bf16, one request, all 15 drafts. Nothing of it was measured on one of these devices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vllm_orthrus.policy.cost import (
     AROUND_DRAFTS,
@@ -60,6 +60,15 @@ def product_saved(device: Device, mode: Mode, requests: int, context: float) -> 
     return apart - joined
 
 
+def view_saved(device: Device, mode: Mode, requests: int, context: int) -> float:
+    """Seconds of a step that has one product for both views, where that is quicker; else nothing."""
+    verification = forwards(mode, requests, context)[0]
+    if not pairs(device, MODEL, verification):
+        return 0.0
+    apart, paired = (projections_seconds(device, MODEL, verification, way) for way in (False, True))
+    return apart - paired
+
+
 def table() -> Iterator[str]:
     yield f"| device | context | plain | {' | '.join(WAYS)} |"
     yield "|---" * (3 + len(WAYS)) + "|"
@@ -89,37 +98,27 @@ def quantized() -> Iterator[str]:
             yield f"| {name} | {context // 1024}K | {' | '.join(cells)} |"
 
 
-def head_of_sizes() -> Iterator[str]:
+def of_sizes(saved_by: Callable[[Device, Mode, int, int], float], else_: str, context: int) -> Iterator[str]:
+    """With products apart and with one, where that is quicker: milliseconds by device and size."""
     yield f"| device | {' | '.join(f'{count} x (16 + {16 * blocks})' for count, blocks in SIZES)} |"
     yield "|---" * (1 + len(SIZES)) + "|"
+    for name in NAMES:
+        device, cells = DEVICES[name], []
+        for count, blocks in SIZES:
+            mode = Mode(15, 16, blocks)
+            now, saved = step_seconds(device, MODEL, mode, count, context), saved_by(device, mode, count, context)
+            cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, {else_}")
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def of_products(context: int = 1024) -> Iterator[str]:
     """With a product for each kind of logits, and with one for all where that is quicker."""
-    yield from head_of_sizes()
-    for name in NAMES:
-        device, cells = DEVICES[name], []
-        for count, blocks in SIZES:
-            mode = Mode(15, 16, blocks)
-            now, saved = step_seconds(device, MODEL, mode, count, context), product_saved(device, mode, count, context)
-            cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, twice")
-        yield f"| {name} | {' | '.join(cells)} |"
+    yield from of_sizes(product_saved, "twice", context)
 
 
 def of_views(context: int = 1024) -> Iterator[str]:
     """With a product for each view, and with one for both where that is quicker."""
-    yield from head_of_sizes()
-    for name in NAMES:
-        device, cells = DEVICES[name], []
-        for count, blocks in SIZES:
-            mode = Mode(15, 16, blocks)
-            verification = forwards(mode, count, context)[0]
-            now, saved = step_seconds(device, MODEL, mode, count, context), 0.0
-            if pairs(device, MODEL, verification):
-                apart, paired = (projections_seconds(device, MODEL, verification, way) for way in (False, True))
-                saved = apart - paired
-            cells.append(f"{1e3 * (now + saved):.2f} → {1e3 * now:.2f}" if saved else f"{1e3 * now:.2f}, apart")
-        yield f"| {name} | {' | '.join(cells)} |"
+    yield from of_sizes(view_saved, "apart", context)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -97,34 +98,29 @@ def test_more_work_takes_longer(device: Device, requests: int, context: float, v
     assert forward_seconds(device, QWEN.share(2), forward) < seconds
 
 
+def most_rows(pays: Callable[[Device, Model, Forward], bool], device: Device) -> int:
+    """That blocks may add to a verification for one product to pay."""
+    paying = [rows for rows in range(16, 2048, 16) if pays(device, QWEN, Forward(1, 0, 16, rows, 16))]
+    assert paying == [*range(16, 16 * (len(paying) + 1), 16)], "and then no more"
+    return max(paying, default=0)
+
+
 def test_the_vocabulary_is_read_once_up_to_the_knee() -> None:
     """Rows that the verification and its blocks add to a product cost nothing, until they cost what they save."""
-
-    def most(device: Device) -> int:
-        joined = [rows for rows in range(16, 2048, 16) if joins(device, QWEN, Forward(1, 0, 16, rows, 16))]
-        assert joined == [*range(16, 16 * (len(joined) + 1), 16)], "and then no more"
-        return max(joined, default=0)
-
-    assert {name: most(device) for name, device in DEVICES.items()} == {
+    assert {name: most_rows(joins, device) for name, device in DEVICES.items()} == {
         "A100": 208, "H100": 400, "H200": 272, "B200": 384, "L40S": 576, "RTX 4090": 224, "RTX 5090": 144, "MI300X": 336
     }  # fmt: skip
-    assert most(CPU) == 16, "one block, all of which drafts: as many rows as in two products"
+    assert most_rows(joins, CPU) == 16, "one block, all of which drafts: as many rows as in two products"
     two, one = (sum(part.read for part in parts(QWEN, Forward(1, 0, 16, 64, 16), way)) for way in (False, True))
     assert two - one == pytest.approx(1.2e9, rel=0.05)
 
 
 def test_one_product_serves_both_views_up_to_the_knee() -> None:
     """Rows of the other view cost nothing, until they cost more than two launches of a layer."""
-
-    def most(device: Device) -> int:
-        paired = [rows for rows in range(16, 2048, 16) if pairs(device, QWEN, Forward(1, 0, 16, rows, 16))]
-        assert paired == [*range(16, 16 * (len(paired) + 1), 16)], "and then no more"
-        return max(paired, default=0)
-
-    assert {name: most(device) for name, device in DEVICES.items()} == {
+    assert {name: most_rows(pairs, device) for name, device in DEVICES.items()} == {
         "A100": 64, "H100": 160, "H200": 128, "B200": 208, "L40S": 160, "RTX 4090": 64, "RTX 5090": 48, "MI300X": 160
     }  # fmt: skip
-    assert most(CPU) == 16, "as many rows as the verification has: nothing is filled up"
+    assert most_rows(pairs, CPU) == 16, "as many rows as the verification has: nothing is filled up"
     one = Forward(1, 0, 16, 64, 16)
     assert not pairs(H200, QWEN._replace(head_weight_bytes=1), one), "weights of two kinds"
     assert not pairs(H200, QWEN._replace(weight_bytes=1, head_weight_bytes=1), one), "no plain products"
