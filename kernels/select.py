@@ -16,6 +16,7 @@ The rows behind the last draft are scored as well, given that draft: they speak 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def naive(
     gates = blocks.gate[: reqs * num_drafts].view(reqs, num_drafts, -1)
     if places > num_drafts:
         gates = torch.cat((gates, blocks.gate[reqs * num_drafts :, None]), dim=1)
-    out = _nothing(drafts, places, looked_at)
+    out = _room(drafts, places, looked_at, torch.zeros)
     before = blocks.anchor.clamp(0, vocabulary - 1)
     for place in range(places):
         named = tokens[:, place]
@@ -125,12 +126,12 @@ def _keep(kept: Kept, slot: Tensor, place: int, tokens: Tensor, score: Tensor) -
     kept.tokens[slot, place] = torch.where(new, tokens, -1).to(kept.tokens.dtype)
 
 
-def _nothing(drafts: Tensor, places: int, looked_at: int) -> Probable:
-    reqs, num_drafts = drafts.shape
+def _room(drafts: Tensor, places: int, looked_at: int, make: Callable[..., Tensor]) -> Probable:
+    reqs, device = len(drafts), drafts.device
     return Probable(
-        torch.zeros(reqs, num_drafts, device=drafts.device),
-        torch.zeros(reqs, places, looked_at, dtype=torch.int64, device=drafts.device),
-        torch.zeros(reqs, places, looked_at, device=drafts.device),
+        make(drafts.shape, dtype=torch.float32, device=device),
+        make((reqs, places, looked_at), dtype=torch.int64, device=device),
+        make((reqs, places, looked_at), dtype=torch.float32, device=device),
     )
 
 
@@ -139,7 +140,7 @@ def launch(
 ) -> Probable:
     reqs, places, candidates = said.tokens.shape
     rank = tables.previous.shape[1]
-    out = Probable(*(torch.empty_like(part) for part in _nothing(drafts, places, looked_at)))
+    out = _room(drafts, places, looked_at, torch.empty)
     if reqs == 0:
         return out
     require_packed(drafts=drafts, temperature=blocks.temperature)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_orthrus.heads import (
+    SELECTOR_PARTS,
     HeadConfig,
     SelectorShape,
     base_tensor_name,
@@ -139,6 +140,6 @@ def write_with_vocabulary(size: int, block_size: int, folder: Path) -> tuple[Pat
 
 def write_selector(folder: Path, hidden_size: int = CONFIG["hidden_size"], candidates: int = 16) -> Path:
     generator = torch.Generator().manual_seed(5)
-    parts = {part: torch.randn(8, hidden_size, generator=generator) * 0.5 for part in ("previous", "gate", "candidate")}
+    parts = {part: torch.randn(8, hidden_size, generator=generator) * 0.5 for part in SELECTOR_PARTS}
     save_selector(folder, parts, SelectorShape(8, candidates), CONFIG)
     return folder

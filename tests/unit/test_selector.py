@@ -14,6 +14,7 @@ from tests.unit.conftest import make_base, make_head
 from tests.unit.test_trainer import InterruptedTrainer, configure, metrics, settings
 from vllm_orthrus.cli.main import main
 from vllm_orthrus.heads import (
+    SELECTOR_PARTS,
     HeadConfig,
     HeadError,
     SelectorShape,
@@ -38,7 +39,7 @@ SHAPE = SelectorShape(rank=4, candidates=8)
 
 def parts(hidden: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {part: torch.randn(SHAPE.rank, hidden, generator=generator) for part in ("previous", "gate", "candidate")}
+    return {part: torch.randn(SHAPE.rank, hidden, generator=generator) for part in SELECTOR_PARTS}
 
 
 @pytest.fixture

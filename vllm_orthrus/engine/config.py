@@ -17,7 +17,7 @@ from vllm_orthrus.cascades.choice import NAME, REFUSE, Cascade, obstacle, read_r
 from vllm_orthrus.engine.quantization import why_not_here
 from vllm_orthrus.engine.skew import versions_here
 from vllm_orthrus.errors import UserError
-from vllm_orthrus.heads import HeadConfig, find_selector, is_folder, open_head, read_head_config, resolve_head
+from vllm_orthrus.heads import HeadConfig, is_folder, open_head, open_selector, read_head_config, resolve_head
 from vllm_orthrus.kernels.forms import runs_triton, wanted_form
 
 OrthrusMethod = Literal[(*get_args(SpeculativeMethod), "orthrus")]  # type: ignore[valid-type]
@@ -245,9 +245,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             _logger().warning("%s", warning)
         checkpoint.check_complete()
         self._choose_selector(checkpoint.selector is not None)
-        if self.has_selector:
-            selector = find_selector(self.orthrus_selector, checkpoint, None, self.head_cache)
-            assert selector is not None
+        if self.orthrus_selector not in ("auto", "off"):  # the head's own has been checked with it
+            selector = open_selector(self.orthrus_selector, None, self.head_cache)
             for warning in selector.check_fits(base_config, base_config.hidden_size, target.model):
                 _logger().warning("%s", warning)
             self.orthrus_selector_revision = selector.revision
@@ -269,24 +268,21 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
                 f"orthrus_selector={asked!r} does not go with draft_load_config.load_format='dummy', which makes up "
                 "what a head has. Leave one of them out."
             )
-        obstacle = next(
-            (
-                f"{name}=True {reason}"
-                for name, value, reason in (
-                    ("use_local_argmax_reduction", self.use_local_argmax_reduction, "hides the drafts' probabilities"),
-                    ("enable_adaptive_verification", self.enable_adaptive_verification, "reads each row by itself"),
-                )
-                if value
-            ),
-            None,
-        )
-        if asked != "auto" and obstacle is not None:
-            raise ValueError(
-                f"orthrus_selector={asked!r} does not go with {obstacle}. Leave that out, or set orthrus_selector to "
-                "'off'."
+        obstacles = [
+            f"{name}=True {reason}"
+            for name, reason in (
+                ("use_local_argmax_reduction", "hides the drafts' probabilities"),
+                ("enable_adaptive_verification", "reads each row by itself"),
             )
-        if asked == "auto" and (not of_head or obstacle is not None):
-            self.orthrus_selector = "off"
+            if getattr(self, name)
+        ]
+        if asked == "auto":
+            self.orthrus_selector = "auto" if of_head and not obstacles else "off"
+        elif obstacles:
+            raise ValueError(
+                f"orthrus_selector={asked!r} does not go with {obstacles[0]}. Leave that out, or set orthrus_selector "
+                "to 'off'."
+            )
 
     def _choose_quantization(self, head: HeadConfig) -> None:
         asked = self.orthrus_head_quantization

@@ -41,7 +41,8 @@ class DraftSampler:
         if self.selector is None:
             self.sample(num_reqs, logits, keys)
         else:
-            self.select(self.selector, keys, rows, logits, self.from_start[:num_reqs])
+            temperature = self.speculator.temperature[self.rows.slots[:num_reqs, 0]]
+            self.select(self.selector, keys, rows, logits, self.from_start[:num_reqs], temperature)
 
     def sample(self, num_reqs: int, logits: torch.Tensor, keys: torch.Tensor) -> None:
         """logits [num_reqs * n, vocabulary] of the first n drafts; keys [num_reqs, n], of the draws.
@@ -65,15 +66,21 @@ class DraftSampler:
         self.drafts[:num_reqs, :num_drafts] = sampled.view(num_reqs, -1)
 
     def select(
-        self, selector: Selector, keys: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, offset: torch.Tensor
+        self,
+        selector: Selector,
+        keys: torch.Tensor,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        offset: torch.Tensor,
+        temperature: torch.Tensor,
     ) -> Probable:
         """keys [num_reqs, n], of the draws; hidden and logits of n rows each, or n + 1 with those behind them last.
 
-        offset [num_reqs]: the first of these rows, counted in its block. Returns what was said of the drafts.
+        offset [num_reqs]: the first of these rows, counted in its block; temperature [num_reqs]. Returns what was said
+        of the drafts.
         """
         num_reqs, num_drafts = keys.shape
         slot = self.rows.slots[:num_reqs, 0]
-        temperature = self.speculator.temperature[slot]
         behind = len(hidden) > num_reqs * num_drafts
         said = likeliest(logits, behind, temperature, selector.shape.candidates)
         blocks = Blocks(slot, self.rows.input_ids[:num_reqs, 0], offset, temperature, selector.gates(hidden))
@@ -86,7 +93,7 @@ class DraftSampler:
         """Launch what drafts of each width are chosen by. For nobody."""
         if self.selector is None:
             return
-        rows = torch.zeros(1, max(widths), self.selector.gate.shape[1], dtype=self.selector.gate.dtype)
+        rows = self.selector.gate.new_zeros(1, max(widths), self.selector.gate.shape[1])
         self.rows.clear()
         for width in widths:
-            self.sample_block(1, rows[:, :width].to(self.drafts.device), view)
+            self.sample_block(1, rows[:, :width], view)

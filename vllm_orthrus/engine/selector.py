@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from vllm_orthrus.engine.vllm import VllmConfig
-from vllm_orthrus.heads import HeadCheckpoint, SelectorShape, find_selector, read_head_config
+from vllm_orthrus.heads import SELECTOR_PARTS, HeadCheckpoint, SelectorShape, find_selector, read_head_config
 from vllm_orthrus.kernels.select import Tables
 
 AT_ONCE = 8192  # embeddings, while tables are made
@@ -54,9 +54,7 @@ def load_selector(
         facts, _ = read_head_config(config.model, config.revision, config.head_cache)
         assert facts.selector is not None
         size = (facts.selector.rank, model.get_hidden_size())
-        parts = {
-            part: torch.randn(size, dtype=model.dtype, device=device) for part in ("previous", "gate", "candidate")
-        }
+        parts = {part: torch.randn(size, dtype=model.dtype, device=device) for part in SELECTOR_PARTS}
         return Selector(facts.selector, parts, target, model.get_vocab_size())
     found = find_selector(config.orthrus_selector, head, config.orthrus_selector_revision, config.head_cache)
     assert found is not None

@@ -21,6 +21,7 @@ from vllm_orthrus.heads.locate import BUILTIN_HEADS, HEAD_MAP_VARIABLE, resolve_
 from vllm_orthrus.heads.nonsense import Nonsense, find_nonsense
 from vllm_orthrus.heads.quantize import QUANTIZATIONS, Quantization, dequantized, quantized
 from vllm_orthrus.heads.selector import (
+    SELECTOR_PARTS,
     SelectorCheckpoint,
     SelectorShape,
     named_parts,
@@ -45,6 +46,7 @@ __all__ = [
     "NORMS",
     "PROJECTIONS",
     "QUANTIZATIONS",
+    "SELECTOR_PARTS",
     "WEIGHTS",
     "WEIGHTS_INDEX",
     "BaseRef",

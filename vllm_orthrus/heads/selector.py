@@ -31,7 +31,7 @@ from vllm_orthrus.heads.store_files import write_json, write_tensors
 
 SELECTOR = "head_selector"
 FORM = "embedded"
-PARTS = ("previous", "gate", "candidate")
+SELECTOR_PARTS = ("previous", "gate", "candidate")
 DTYPES = ("BF16", "F16", "F32")
 MOST_CANDIDATES, MOST_RANK = 64, 1024
 
@@ -68,7 +68,7 @@ class SelectorShape:
         return {SELECTOR: {"form": FORM, "rank": self.rank, "candidates": self.candidates}}
 
     def expected(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return {selector_tensor(part): (self.rank, hidden_size) for part in PARTS}
+        return {selector_tensor(part): (self.rank, hidden_size) for part in SELECTOR_PARTS}
 
 
 def selector_tensor(part: str) -> str:
@@ -90,7 +90,7 @@ class SelectorCheckpoint(NamedTuple):
 
     def tensors(self, device: str | torch.device = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         """Each matrix by its part: "previous", "gate", "candidate"."""
-        for part in PARTS:
+        for part in SELECTOR_PARTS:
             name = selector_tensor(part)
             with open_tensors(self.files[name], device) as opened:
                 yield part, opened.get_tensor(name)
@@ -158,7 +158,7 @@ def save_selector(folder: Path, parts: Mapping[str, torch.Tensor], shape: Select
     facts = {
         "architectures": ["OrthrusSelector"],
         **shape.to_json(),
-        "dtype": str(parts[PARTS[0]].dtype).removeprefix("torch."),
+        "dtype": str(parts[SELECTOR_PARTS[0]].dtype).removeprefix("torch."),
         "base_fingerprint": base_fingerprint(base_config),
     }
     write_json(folder / CONFIG, facts)
@@ -166,4 +166,4 @@ def save_selector(folder: Path, parts: Mapping[str, torch.Tensor], shape: Select
 
 
 def named_parts(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {selector_tensor(part): parts[part] for part in PARTS}
+    return {selector_tensor(part): parts[part] for part in SELECTOR_PARTS}

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vllm_orthrus.heads import SelectorCheckpoint, SelectorShape
+from vllm_orthrus.heads import SELECTOR_PARTS, SelectorCheckpoint, SelectorShape
 from vllm_orthrus.kernels.most_probable import Probable
 from vllm_orthrus.kernels.select import Tables, corrections
 from vllm_orthrus.training.kl import chunk_rows
@@ -34,7 +34,7 @@ class Selector(NamedTuple):
     @classmethod
     def of(cls, shape: SelectorShape, parts: Mapping[str, Tensor], embedding: Tensor) -> Selector:
         """embedding [V, hidden]: the base's own."""
-        previous, gate, candidate = (parts[name].to(embedding) for name in ("previous", "gate", "candidate"))
+        previous, gate, candidate = (parts[name].to(embedding) for name in SELECTOR_PARTS)
         return cls(shape, gate, Tables(embedding @ previous.T, embedding @ candidate.T))
 
     @classmethod

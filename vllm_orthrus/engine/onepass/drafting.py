@@ -142,7 +142,8 @@ class OnePassDrafting(Drafting):
             self.sampler.sample(num_reqs, logits[: num_reqs * self.shape.drafts], keys)
             said = most_probable(logits, drafts, temperature, LOOKED_AT)
         else:
-            said = self.sampler.select(self.sampler.selector, keys, hidden, logits, self.memory.slots.offset[slot])
+            offset = self.memory.slots.offset[slot]
+            said = self.sampler.select(self.sampler.selector, keys, hidden, logits, offset, temperature)
         drafted = Drafted(
             slot,
             self.rows.positions[:num_reqs, 0],
