@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.cpu_step import TINY
 from benchmarks.evidence import ROOT, Evidence, default_path, environment
 from vllm_orthrus.bench.environment import cpu_name
 from vllm_orthrus.bench.process import AnsweringProcess, answer, questions
-from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head
+from vllm_orthrus.heads.widen import read_config, shape_like, widen_base, widen_head, widen_selector
 from vllm_orthrus.training.samples import encode_prompt
 
 STOCK = "plain"
@@ -42,6 +43,7 @@ WAYS: dict[str, tuple[dict[str, str], dict[str, Any] | None]] = {
     "two passes": ({}, {"orthrus_passes": "two"}),
     "one pass": ({}, {"orthrus_passes": "one"}),
     "auto": ({}, {}),
+    "auto, selector": ({}, {"orthrus_selector": "selector"}),  # the folder beside the head
 }
 LOW_ENTROPY = ("arithmetic", "counting", "json", "log")
 WORDS = "third-party text"
@@ -69,19 +71,22 @@ def serve(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     options: dict[str, Any] = {"model": str(folder / "base"), "dtype": task["dtype"], "skip_tokenizer_init": True}
     if task["speculative"] is not None:
-        options["speculative_config"] = {"method": "orthrus", "model": str(folder / "head"), **task["speculative"]}
+        asked = dict(task["speculative"])
+        if "orthrus_selector" in asked:
+            asked["orthrus_selector"] = str(folder / asked["orthrus_selector"])
+        options["speculative_config"] = {"method": "orthrus", "model": str(folder / "head"), **asked}
     sizes = {"max_model_len": 1024, "max_num_seqs": task["most"], "kv_cache_memory_bytes": 1 << 30}
     sizes["max_num_batched_tokens"] = 128  # vLLM first reads that many, to see what memory it takes
     engine = LLM(**options, **sizes, enable_prefix_caching=False).llm_engine
-    asked, end = 0, read_config(folder / "base")["eos_token_id"]
+    number, end = 0, read_config(folder / "base")["eos_token_id"]
     for prompts, tokens, ends in questions():
         stop: dict[str, Any] = {"stop_token_ids": [end]} if ends else {"ignore_eos": True}
         params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, **stop)
         said: dict[str, list[int]] = {}
         for prompt in prompts:
-            engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
-            said[str(asked)] = []
-            asked += 1
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            said[str(number)] = []
+            number += 1
         engine.step()  # prompts are read, which no way does differently
         started, steps = time.perf_counter(), 0
         while engine.has_unfinished_requests():
@@ -108,33 +113,35 @@ def asked_prompts(rounds: int) -> dict[str, list[list[int]]]:
     return {kind: choose.sample(prompts, min(rounds, len(prompts))) for kind, prompts in found.items()}
 
 
-def differences(prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
-    """Which ways do not say what stock vLLM says, in float32 and with the tiny model itself."""
+def differences(ways: Iterable[str], prompts: dict[str, list[list[int]]], tokens: int) -> list[str]:
+    """Which of these ways do not say what stock vLLM says, in float32 and with the tiny model itself."""
     said = {}
-    for way in WAYS:
+    for way in ways:
         engine = begin(way, TINY, "float32", 8)
         engine.ready()
         said[way] = [engine.ask(some[:1], tokens, True)["said"] for some in prompts.values()]
         engine.close()
-    return [f"{way}: says something else than stock vLLM" for way in WAYS if said[way] != said[STOCK]]
+    return [f"{way}: says something else than stock vLLM" for way in said if said[way] != said[STOCK]]
 
 
 def widened(like: str, dtype: str) -> Path:
     """Made once: what vLLM compiles and times for a model it finds again by the model's folder."""
     folder = ROOT / "runs" / f"tiny-orthrus-as-{like}-{dtype}"
-    if not folder.exists():
+    if not (folder / "selector").exists():
         unfinished = folder.with_name(f"{folder.name}-unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         larger = shape_like(like, read_config(TINY / "base"))
         widening = widen_base(TINY / "base", larger, unfinished / "base", getattr(torch, dtype))
         widen_head(TINY / "head", widening, unfinished / "head")
+        widen_selector(TINY / "selector", widening, unfinished / "selector")
+        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     return folder
 
 
 def measure(evidence: ModesEvidence, folder: Path, prompts: dict[str, list[list[int]]], args: Any) -> None:
     engines: dict[str, AnsweringProcess] = {}
-    for way in (way for way in WAYS if way in args.ways):  # one by one: an engine that starts times its steps
+    for way in args.ways:  # one by one: an engine that starts times its steps
         engines[way] = begin(way, folder, args.dtype, max(args.at_once))
         engines[way].ready()
     for engine in engines.values():
@@ -219,10 +226,10 @@ def plot(summary: dict[str, Any], what: str, path: Path) -> None:
 def print_table(summary: dict[str, Any]) -> None:
     for n, ways in summary.items():
         kinds = list(ways[STOCK])
-        print(f"\n{n} at once" + "".join(f"{kind[:12]:>14}" for kind in kinds))
+        print(f"\n{n} at once    " + "".join(f"{kind[:12]:>14}" for kind in kinds))
         for way, found in ways.items():
             cells = (f"{found[kind]['ms_per_token']:6.1f} {found[kind]['times_plain']:5.2f}x" for kind in kinds)
-            print(f"{way:<10}" + "".join(f"{cell:>14}" for cell in cells))
+            print(f"{way:<14}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def main() -> int:
@@ -242,7 +249,7 @@ def main() -> int:
     asked = {"rounds": args.rounds, "tokens": args.tokens, "like": args.like, "dtype": args.dtype}
     evidence = ModesEvidence(args.out or default_path(f"cpu-modes-{args.dtype}", cpu_name()), environment() | asked)
     prompts = asked_prompts(args.rounds)
-    evidence.red = differences(prompts, 48)
+    evidence.red = differences({STOCK: None, **dict.fromkeys(args.ways)}, prompts, 48)
     evidence.write()
     if not evidence.red:
         measure(evidence, widened(args.like, args.dtype), prompts, args)

@@ -191,6 +191,30 @@ def cascades() -> str:
     return table(["", "arithmetic", "JSON", "log"], rows)
 
 
+TARGET = 0.99  # of tokens as the model has them
+
+
+def at_a_target() -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """By class: lossless, and the quickest setting in hindsight that leaves so many tokens as they are."""
+    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
+    for one in evidence("cascades-tiny.json")["found"]:
+        lossless, best = found.get(one["class"], (one, one))
+        quicker = one["tokens_per_forward"] > best["tokens_per_forward"]
+        found[one["class"]] = (lossless, one if quicker and one["departed"] <= 1 - TARGET else best)
+    return found
+
+
+def cascades_at_a_target() -> str:
+    rows = []
+    for kind, (lossless, best) in at_a_target().items():
+        setting = "lossless" if best is lossless else f"`{best['rule']}` {best['setting']}"
+        gain = f"{best['tokens_per_forward'] / lossless['tokens_per_forward'] - 1:+.1%}".replace("%", " %")
+        right = [f"{one['right'] * one['prompts']:.0f}" if one["right"] is not None else "" for one in (lossless, best)]
+        of = f" of {best['prompts']}" if best["right"] is not None else ""
+        rows.append([kind, setting, gain, f"{right[0]} -> {right[1]}{of}" if of else "not checked"])
+    return table(["class", "the best setting in hindsight", "tokens per forward", "right answers"], rows)
+
+
 def selector() -> str:
     """Tokens per cycle of two passes."""
     found = evidence(SELECTOR)["two_passes"]
@@ -223,9 +247,25 @@ def selector_in_one_pass() -> str:
     return table([*head, "hits / number missed / bonus missed, %, alone", "with it"], rows)
 
 
+def warm_starts() -> str:
+    found = evidence("warm-starts.json")["points"]
+    rate = {(point["case"], point["passes"]): point["tokens_per_cycle"] for point in found}
+    rows = []
+    for point in (point for point in found if point["passes"] == "two"):
+        case = point["case"]
+        not_read = f"{100 * point['not_read']:.0f} % of the prompts" if point["not_read"] else "nothing"
+        figures = [
+            f"{rate[case, passes]:.3f} ({rate[case, passes] / rate['cold', passes] - 1:+.1%})".replace("%", " %")
+            for passes in ("two", "one")
+        ]
+        rows.append([case, not_read, str(point["preemptions"]), *figures])
+    return table(["", "not read here", "preemptions", "two passes: tokens per cycle", "one pass"], rows)
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "selector": selector,
     "selector-in-one-pass": selector_in_one_pass,
+    "warm-starts": warm_starts,
     "times-plain": times_plain,
     "times-plain-elsewhere": times_plain_elsewhere,
     "turns": turns,
@@ -234,6 +274,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "acceptance": acceptance,
     "under-load": under_load,
     "cascades": cascades,
+    "cascades-at-a-target": cascades_at_a_target,
 }
 
 

@@ -160,4 +160,10 @@ SOURCES: Mapping[str, Source] = {
         20,
         variables=ONE_CORE,
     ),
+    "warm-starts.json": Source(
+        "tokens per cycle behind prefix hits, preemptions and prefixes of another engine",
+        (f"python -m benchmarks.warm_starts --questions 24 --out {OUT}",),
+        10,
+        variables=ONE_CORE,
+    ),
 }

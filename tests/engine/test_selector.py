@@ -14,8 +14,9 @@ from tests.engine.harness import Engine
 from tests.engine.test_config import build, orthrus
 from tests.engine.trained import OPTIONS, TINY, chat, questions, tokens_per_cycle, trained_head
 from vllm_orthrus.engine.sampler import DraftSampler
-from vllm_orthrus.heads import named_parts, open_head, open_selector, save_head
+from vllm_orthrus.heads import SelectorShape, named_parts, open_head, open_selector, save_head, save_selector
 from vllm_orthrus.heads.convert import extract_head, merge_head
+from vllm_orthrus.heads.widen import read_config
 from vllm_orthrus.kernels import select
 from vllm_orthrus.training.reference import Reference
 from vllm_orthrus.training.simulator import OnePass
@@ -80,6 +81,19 @@ def test_seeds_decide_what_is_drawn(start: StartEngine) -> None:
     first, again = (engine.run(given, LENGTH, temperature=0.7, seed=3) for _ in range(2))
     assert first.tokens == again.tokens
     assert tokens_per_cycle(first) > 2.5
+
+
+def test_a_spoilt_one_is_told_and_left_out(
+    start: StartEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = dict(open_selector(SELECTOR).tensors()) | {"gate": torch.full((64, 320), float("nan"))}
+    save_selector(tmp_path / "spoilt", parts, SelectorShape(64, 16), read_config(TINY / "base"))
+    settings = trained_head("two", orthrus_selector=str(tmp_path / "spoilt"))
+    engine = start(settings, TINY / "base", **OPTIONS)
+    said = {record.getMessage() for record in caplog.records if "not finite" in record.getMessage()}
+    assert len(said) == 1 and "selector has values that are not finite in 1 of its 3 tensors" in said.pop()
+    alone = Reference.from_pretrained(TINY / "base", TINY / "head")
+    assert drafts_as_the_reference(engine, alone)
 
 
 # Planted faults: each is lossless, and must show.

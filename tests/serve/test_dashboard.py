@@ -9,15 +9,13 @@ import re
 import shutil
 import subprocess
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import yaml
 
-from scripts import dashboard
+from scripts import dashboard, dashboard_picture
 from tests.serve import traffic
 from tests.serve.soak import Soaked
 from tests.serve.traffic import Pool
@@ -72,27 +70,34 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
             process.wait()
 
 
-def ask(prometheus: str, path: str, **parameters: str) -> Any:
-    url = f"{prometheus}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    with urllib.request.urlopen(url) as answer:
-        return json.load(answer)["data"]
-
-
 @pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus on PATH or in ORTHRUS_TEST_PROMETHEUS")
 def test_every_panel_has_data(prometheus: str) -> None:
-    filled = {"$__rate_interval": "30s", "$model": ".*"}
     for query in shown():
         if any(name in query for name in OF_MODES):
             continue
-        asked = query
-        for variable, value in filled.items():
-            asked = asked.replace(variable, value)
-        found = [float(one["value"][1]) for one in ask(prometheus, "query", query=asked)["result"]]
+        asked = dashboard_picture.filled(query)
+        found = [float(one["value"][1]) for one in dashboard_picture.ask(prometheus, "query", query=asked)["result"]]
         assert found and all(value == value for value in found), f"nothing, or no number, for {query}"
+
+
+def test_every_panel_is_drawn(tmp_path: Path) -> None:
+    def curves(count: int) -> list[dashboard_picture.Line]:
+        return [dashboard_picture.Line(f"curve {place}", [0, 5], [0.5, 1.0]) for place in range(count)]
+
+    lines = {
+        panel.title: curves(len(panel.curves) * (place > 0))
+        for row in dashboard.ROWS
+        for place, panel in enumerate(row.panels)
+    }
+    out = tmp_path / "dashboard.svg"
+    dashboard_picture.draw(dashboard.ROWS, lines, "two points", out)
+    drawn = out.read_text()
+    assert all(f"<!-- {panel.title} -->" in drawn for row in dashboard.ROWS for panel in row.panels)
+    assert drawn.count("<!-- no data -->") == len(dashboard.ROWS)
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus on PATH or in ORTHRUS_TEST_PROMETHEUS")
 def test_alerts_are_rules(prometheus: str) -> None:
-    rules = [rule for group in ask(prometheus, "rules")["groups"] for rule in group["rules"]]
+    rules = [rule for group in dashboard_picture.ask(prometheus, "rules")["groups"] for rule in group["rules"]]
     assert len(rules) == len(alerts()) and all(rule["health"] != "err" for rule in rules)
     assert not any(rule["state"] == "firing" for rule in rules), "a server that works"

@@ -129,6 +129,18 @@ def test_one_product_serves_both_views_up_to_the_knee() -> None:
     assert two == both, "every weight once, either way"
 
 
+def test_a_selector_walks_from_draft_to_draft() -> None:
+    """By latency: as long for one request as for many, and next to nothing beside a forward."""
+    selecting = QWEN._replace(selector=True)
+    more = [
+        step_seconds(H200, selecting, mode, requests, 1024) - step_seconds(H200, QWEN, mode, requests, 1024)
+        for mode in (TWO, ONE)
+        for requests in (1, 4)
+    ]
+    assert more == pytest.approx([32 * H200.launch] * 2 + [34 * H200.launch] * 2, rel=0.1)
+    assert step_seconds(H200, selecting, PLAIN, 1, 1024) == step_seconds(H200, QWEN, PLAIN, 1, 1024)
+
+
 def test_forwards_of_a_step() -> None:
     assert forwards(PLAIN, 3, 100) == [Forward(3, 100, 1)]
     assert forwards(TWO, 3, 100) == [Forward(3, 100, 16), Forward(3, 100, 0, 16, 15)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,20 @@ def test_commands(
         assert main(["head", "inspect", str(head)]) == 0
     told = capsys.readouterr().out
     assert "rank 4, 8 candidates" in told and "selector:      none" in told
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "values that are not finite"), (0.0, "nothing but zeros")])
+def test_nonsense_is_told(
+    value: float, said: str, folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that it spoils draft as the head alone, so the head is of use all the same."""
+    base, head, _ = folders
+    tensors = load_file(head / "model.safetensors")
+    tensors["model.selector_diff.gate.weight"].fill_(value)
+    save_file(tensors, head / "model.safetensors")
+    for tool in ["inspect", str(head)], ["verify", str(head), "--base", str(base)]:
+        assert main(["head", *tool]) == 0
+        assert f"its selector has {said} in 1 of its 3 tensors, the first of them gate" in capsys.readouterr().out
 
 
 def test_what_cannot_be_trained(settings: dict[str, Any], folders: tuple[Path, Path, Path], trained_head: Path) -> None:

@@ -94,7 +94,12 @@ def test_a_selector_is_widened_with_its_head(tmp_path: Path, prompts: list[list[
     small = Reference.from_pretrained(TINY / "base", tmp_path / "small")
     wide = Reference.from_pretrained(tmp_path / "base", tmp_path / "head")
     assert wide.selector is not None
-    assert [run.cycles for run in wide.generate(prompts, 24)] == [run.cycles for run in small.generate(prompts, 24)]
+    cycles = [run.cycles for run in small.generate(prompts, 24)]
+    assert [run.cycles for run in wide.generate(prompts, 24)] == cycles
+    widen.widen_selector(TINY / "selector", widening, tmp_path / "selector")
+    widen.widen_head(TINY / "head", widening, tmp_path / "alone")
+    beside = Reference.from_pretrained(tmp_path / "base", tmp_path / "alone", selector=str(tmp_path / "selector"))
+    assert [run.cycles for run in beside.generate(prompts, 24)] == cycles
 
 
 @pytest.mark.parametrize("forgotten", ["scale", "places", "groups"])

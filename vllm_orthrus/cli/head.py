@@ -100,6 +100,8 @@ def _say_nonsense(head: Any) -> int:
     nonsense = find_nonsense(head.tensors())
     if str(nonsense):
         print(f"warning: {head.source} {nonsense}. Convert or train the head anew.")
+    if head.selector is not None and str(spoilt := find_nonsense(head.selector.tensors())):
+        print(f"warning: {head.source}: its selector {spoilt}. Train it anew, or serve with orthrus_selector='off'.")
     return int(nonsense.drafts_nothing)
 
 

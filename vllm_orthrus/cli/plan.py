@@ -91,7 +91,9 @@ def _model(base: str) -> tuple[str, Any]:
     else:
         raise UserError(f"--base {base} is neither a folder nor one of {', '.join(KNOWN)}. Give one of these.")
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    return name, Model(*(int(shape[one]) for one in (*names, "head_dim", "vocab_size")))
+    layers, hidden, intermediate, heads, kv_heads = (int(shape[one]) for one in names)
+    vocab = int(shape["vocab_size"])
+    return name, Model(layers, hidden, intermediate, heads, kv_heads, int(shape["head_dim"]), vocab)
 
 
 def _ranks(options: argparse.Namespace, model: Any) -> int:

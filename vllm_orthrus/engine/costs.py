@@ -57,6 +57,7 @@ def model_of(vllm_config: Any) -> Model:
         stored,
         1.0 if eight_bits else computed,
         cached,
+        vllm_config.speculative_config.has_selector,
     )
     return whole.share(vllm_config.parallel_config.tensor_parallel_size)
 

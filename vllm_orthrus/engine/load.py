@@ -40,9 +40,13 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
             tensors = dequantized(tensors)
         view.load_weights(tensors)
         nonsense = find_nonsense(dequantized(view.named_parameters()))
-        _warn_of_nonsense(nonsense, config.model)
         view.drafts_nothing = nonsense.drafts_nothing
+        useless = "the model is served without drafts" if nonsense.drafts_nothing else "its drafts will hardly be kept"
+        _warn_of_nonsense(nonsense, f"head {config.model}", useless)
     view.selector = load_selector(vllm_config, target, head, device)
+    if view.selector is not None and head is not None:
+        nonsense = find_nonsense(view.selector.named_parameters())
+        _warn_of_nonsense(nonsense, "selector", "rows that it spoils draft as the head alone")
     # Linear layers prepare their kernels' layouts here, which vLLM's loader does only for models it built.
     size = sum(parameter.nbytes for parameter in view.parameters())
     process_weights_after_loading(view, model_config, device)
@@ -63,13 +67,9 @@ def load_view(vllm_config: VllmConfig, target: Any, device: torch.device) -> Dif
     return view.eval()
 
 
-def _warn_of_nonsense(found: Nonsense, head: str) -> None:
-    if not str(found):
-        return
-    outcome = "the model is served without drafts" if found.drafts_nothing else "its drafts will hardly be kept"
-    logger.warning(
-        "Orthrus head %s %s. The text stays right; %s. Convert or train the head anew.", head, found, outcome
-    )
+def _warn_of_nonsense(found: Nonsense, what: str, outcome: str) -> None:
+    if str(found):
+        logger.warning("Orthrus %s %s. The text stays right; %s. Convert or train it anew.", what, found, outcome)
 
 
 def drafts_nothing(worker: Any) -> bool:

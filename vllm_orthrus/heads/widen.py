@@ -35,7 +35,9 @@ from vllm_orthrus.heads import (
     expected_tensors,
     named_parts,
     open_head,
+    open_selector,
     save_head,
+    save_selector,
     tensor_place,
     write_json,
     write_tensors,
@@ -241,6 +243,12 @@ def widen_head(head: Path, widening: Widening, folder: Path) -> None:
     config = HeadConfig.for_base(widening.config, facts.block_size, facts.mask_token_id, None, selector=shape)
     beside = {} if selector is None else named_parts(widening.selector(dict(selector.tensors())))
     save_head(folder, widening.head(dict(checkpoint.tensors())) | beside, config)
+
+
+def widen_selector(selector: Path, widening: Widening, folder: Path) -> None:
+    """One in a folder of its own, or that of a head alone."""
+    found = open_selector(selector)
+    save_selector(folder, widening.selector(dict(found.tensors())), found.shape, widening.config)
 
 
 def read_config(base: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ PLAIN_LAYER, ONE_PASS_LAYER, DRAFT_LAYER = 11, 13, 10
 FP8 = 2  # more in a layer, where the head is in fp8: two inputs are rounded
 OUTCOME, AROUND_DRAFTS = 19, 6
 JOINED = 2  # more, where one product gives all logits
+SELECTED = 2  # more, where a selector chooses drafts: their gates, and the walk from one to the next
+WALKED = 2  # launches' worth of time that such a walk waits at each draft: it reads what depends on the draft before
 PAIRED = 2  # fewer in a layer, where one product serves both views: of queries, keys and values, and of results
 LOGIT_BYTES = 12  # written in 2, made 4, and read by the sampler
 CARRIED_BYTES, TAKEN_BYTES = 6, 8  # of such a product: moved to where they stay, and those that draft taken from there
@@ -38,6 +40,7 @@ class Model(NamedTuple):
     weight_bytes: float = 2
     head_weight_bytes: float = 2
     cache_bytes: float = 2
+    selector: bool = False
 
     def share(self, ranks: int) -> Model:
         """What one of so many tensor-parallel ranks computes. Their talk is left out."""
@@ -201,11 +204,11 @@ def vocabulary_seconds(device: Device, model: Model, forward: Forward, joined: b
 def launches(model: Model, forward: Forward, joined: bool = False, paired: bool = False) -> int:
     if not forward.drafted:
         return model.layers * PLAIN_LAYER
-    fp8 = model.head_weight_bytes == 1
+    fp8, chosen = model.head_weight_bytes == 1, SELECTED * model.selector
     if forward.verified:
         layer = ONE_PASS_LAYER + fp8 * FP8 - paired * PAIRED
-        return model.layers * layer + OUTCOME + JOINED * joined
-    return model.layers * (DRAFT_LAYER + fp8 * FP8) + AROUND_DRAFTS
+        return model.layers * layer + OUTCOME + JOINED * joined + chosen
+    return model.layers * (DRAFT_LAYER + fp8 * FP8) + AROUND_DRAFTS + chosen
 
 
 def part_seconds(device: Device, part: Part) -> float:
@@ -220,7 +223,8 @@ def forward_seconds(device: Device, model: Model, forward: Forward) -> float:
     """With as many products for its logits, and for both views' projections, as are quicker."""
     joined, paired = joins(device, model, forward), pairs(device, model, forward)
     seconds = sum(part_seconds(device, part) for part in parts(model, forward, joined, paired))
-    return seconds + launches(model, forward, joined, paired) * device.launch
+    walk = WALKED * model.selector * forward.predicting
+    return seconds + (launches(model, forward, joined, paired) + walk) * device.launch
 
 
 def forwards(mode: Mode, requests: int, context: float) -> list[Forward]:
