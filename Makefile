@@ -69,7 +69,7 @@ newer: env
 	@$(VENV)/bin/python scripts/overlay_vllm.py 0.33.0 $(NEWER)
 
 engine-newer: $(NEW)
-	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow"
+	PYTHONPATH=$(NEWER) $(TEST) tests/engine tests/rehearsal -m "not slow and not once"
 
 # `serve` is the server itself.
 serve-tests: $(ENV)

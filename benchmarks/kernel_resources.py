@@ -105,8 +105,10 @@ def source_of(call: Call, gpu: Gpu) -> Source:
             return tuple(kinds) if type(value) is tuple else type(value)(*kinds)
         if isinstance(value, Tensor):
             hints[place] = [["tt.divisibility", 16]]
+            if gpu.compile_for.backend == "hip" and value.untyped_storage().nbytes() < 2**31:
+                hints[place].append(["tt.pointer_range", 32])  # what Triton says of small ones there, and builds upon
             return "*" + TYPES[value.dtype]
-        if isinstance(value, float):
+        if isinstance(value, float) and not constant:
             return "fp32"
         if isinstance(value, int) and not constant and (value != 1 or not specialized):
             if value % 16 == 0 and specialized:

@@ -59,7 +59,7 @@ SOURCES: Mapping[str, Source] = {
     "cascades-tiny.json": Source(
         "lossy rules: tokens per forward and right answers",
         (
-            f"vllm-orthrus bench cascade {TINY} {HELD_OUT} --classes arithmetic counting json log --per-class 8 "
+            f"vllm-orthrus bench cascade {TINY} {HELD_OUT} --per-class 20 "
             "--tokens 256 --dtype float32 --rules chow diff opt token_v2 token_v3 relaxed --alphas 0.1 0.3 0.6 0.9 "
             f"--ks 2 5 --out {OUT} -- {SMALL}",
         ),

@@ -103,6 +103,7 @@ FEATURES: dict[str, list[str]] = {
         "a selector beside the head",
         "mixture of experts",
         "LoRA",
+        "weights offloaded and prefetched",
         "sliding windows",
         "pooling models with method orthrus",
         "pooling models beside the plugin",

@@ -34,9 +34,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
-@pytest.fixture(scope="session", params=["gather", "write_through", "kernel"])
+@pytest.fixture(scope="session", params=["gather", "write_through", pytest.param("kernel", marks=pytest.mark.once)])
 def path(request: pytest.FixtureRequest) -> str:
-    """How a block reads the cache."""
+    """How a block reads the cache.
+
+    The kernel is ours, and minutes of interpreting; what vLLM gives it is what tests/rehearsal run on every version.
+    """
     return str(request.param)
 
 

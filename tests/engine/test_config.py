@@ -199,6 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "neither backend nor fused": ({"orthrus_verification": "kernel"}, {}, "'backend' or 'fused'"),
     "no such head": ({"model": "/no/such/folder"}, {}, "/no/such/folder"),
     "LoRA": ({}, {"enable_lora": True}, "enable_lora"),
+    "prefetched weights": ({}, {"offload_backend": "prefetch", "offload_group_size": 2}, "offload_group_size=2"),
     "no room for a block": ({}, {"max_num_batched_tokens": 4, "max_num_seqs": 2}, "one draft block"),
 }
 

@@ -57,6 +57,7 @@ def run(phase: str, scale: Scale, folder: Path, seconds: float = 500) -> PhaseEv
     return evidence
 
 
+@pytest.mark.once
 def test_the_oracle(tmp_path: Path, scale: Scale) -> None:
     evidence = run("oracle", scale._replace(prompts=scale.prompts[:2]), tmp_path)
     assert engine_check.state(evidence) == "right", (evidence.red, evidence.failed)

@@ -53,6 +53,13 @@ def test_lora(tiny: Checkpoints, refusal: Refusal) -> None:
         build(tiny.base, orthrus(tiny), enable_lora=True)
 
 
+@pytest.mark.feature("weights offloaded and prefetched", "refused")
+def test_prefetched_weights(tiny: Checkpoints, refusal: Refusal) -> None:
+    """vLLM fetches the next layer's where a layer is called whole: without, layers would meet each other's weights."""
+    with refusal("offload_group_size=2 is not supported"):
+        build(tiny.base, orthrus(tiny), offload_group_size=2)
+
+
 @pytest.mark.feature("pipeline parallelism", "refused")
 def test_pipeline_parallelism(tiny: Checkpoints, refusal: Refusal) -> None:
     with refusal("pipeline_parallel_size=2 is not supported"):

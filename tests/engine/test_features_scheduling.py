@@ -209,21 +209,30 @@ print("RESULT" + json.dumps([run.tokens, run.counts, run.cached_tokens]))
 """
 
 
+STORED = prompts(5, shortest=100)
+
+
+def connected(tiny: Checkpoints, store: Path, speculative: dict[str, Any] | None) -> Any:
+    """In a process of its own, which has one connector at a time."""
+    return result_of(store, CONNECTED, str(tiny.base), speculative, str(store), STORED)
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one engine has left the cache of its prompts."""
+    folder = tmp_path_factory.mktemp("store")
+    connected(tiny, folder, None)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.feature("KV connectors")
 @both_passes
-def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, tmp_path: Path) -> None:
-    """One engine stores the cache of its prompts, and another drafts over it without having read them."""
-    given = prompts(5, shortest=100)
-
-    def connected(speculative: dict[str, Any] | None) -> Any:
-        """In a process of its own, which has one connector at a time."""
-        return result_of(tmp_path, CONNECTED, str(tiny.base), speculative, str(tmp_path / "store"), given)
-
-    connected(None)
-    tokens, counts, cached_tokens = connected(by_passes(tiny, passes))
-    assert cached_tokens > 60 * len(given)
-    assert tokens == plain.run(given, 32).tokens
+def test_prefixes_from_a_connector(passes: str, tiny: Checkpoints, plain: Engine, store: Path) -> None:
+    """Another engine drafts over them without having read them."""
+    tokens, counts, cached_tokens = connected(tiny, store, by_passes(tiny, passes))
+    assert cached_tokens > 60 * len(STORED)
+    assert tokens == plain.run(STORED, 32).tokens
     assert keeps(Counts(*counts), passes)
 
 

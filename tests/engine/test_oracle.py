@@ -72,11 +72,14 @@ def test_chunked_prefill(start: StartEngine, oracle_config: dict[str, Any], plai
 
 @pytest.mark.feature("prefix caching")
 @pytest.mark.feature("preemption")
-def test_prefix_hits_and_preemption(start: StartEngine, oracle_config: dict[str, Any], plain: Engine) -> None:
-    engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=18)
+def test_prefix_hits_and_preemption(
+    path: str, start: StartEngine, oracle_config: dict[str, Any], plain: Engine
+) -> None:
+    length, blocks = (24, 12) if path == "kernel" else (60, 18)  # few steps where each is interpreted
+    engine = start(oracle_config, enable_prefix_caching=True, num_gpu_blocks_override=blocks)
     shared = [[(5 * j) % 250 for j in range(70)] + extra for extra in prompts(6)]
-    expected = plain.run(shared, 60).tokens
-    first, again = engine.run(shared, 60), engine.run(shared, 60)
+    expected = plain.run(shared, length).tokens
+    first, again = engine.run(shared, length), engine.run(shared, length)
     assert all_accepted(first)
     assert all_accepted(again)
     assert first.preemptions + again.preemptions > 0, "the cache was large enough after all"

@@ -9,6 +9,7 @@ One pass, too, needs a draft pass where no verification has carried a block: beh
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,10 @@ class Drafting(ABC):
 
         reading [n] bool: their prompt is being read, so not even what was learnt applies: it was of another request.
         """
+
+    def lasting(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is on the device from one step to the next."""
+        return iter(())
 
     @abstractmethod
     def warm_up(self, batch: InputBatch) -> None:

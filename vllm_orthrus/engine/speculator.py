@@ -88,6 +88,9 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
             self.drafting = self._two_passes(view)
         self.draft_pass = DraftPass(view, self.shape, self.rows, self.vllm_config, self._keep)
         self.workspace = workspace_for(config, self.shape, view.target_attention()[0], self.device)
+        view.keep(self.drafting.lasting())
+        if self.sampler.written is not None:
+            view.keep([("sampler.written", self.sampler.written)])
         return view
 
     def _two_passes(self, view: DiffusionView) -> Drafting:

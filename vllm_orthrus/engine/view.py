@@ -1,6 +1,6 @@
 """The diffusion view: the target's own layers with a second attention in each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -90,6 +90,17 @@ class DiffusionView(nn.Module):
             for index, layer in enumerate(target.model.layers)
         )
         self._unfused = unfused_ops(target, self.layers)
+        self._lasting: dict[str, torch.Tensor] = {}
+
+    def keep(self, lasting: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """These outlast a deep sleep, as the head's weights do."""
+        self._lasting |= dict(lasting)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """What vLLM takes to the host before memory is given back, and puts in place again."""
+        yield from super().named_buffers(*args, **kwargs)
+        yield from self.named_parameters()
+        yield from self._lasting.items()
 
     @property
     def target(self) -> Any:

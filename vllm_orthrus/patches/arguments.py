@@ -49,6 +49,12 @@ def _create_speculative_config(original: Callable[..., Any]) -> Callable[..., An
                 "enable_lora=True is not supported with method 'orthrus' yet: drafts would pass through adapters "
                 "mapped to other tokens. Serve without LoRA, or without speculation."
             )
+        if self.offload_group_size > 0 and self.offload_backend in ("auto", "prefetch"):
+            raise ValueError(
+                f"offload_group_size={self.offload_group_size} is not supported with method 'orthrus': layers that "
+                "are fetched in turn fetch each other when they are called whole, and both views of a verification "
+                "pass through their parts. Offload with cpu_offload_gb, or serve without speculation."
+            )
         if settings.get("draft_sample_method") == "probabilistic" and self.max_num_seqs is None:
             self.max_num_seqs = PROBABILISTIC_REQUESTS
         if settings.get("draft_load_config") is None:

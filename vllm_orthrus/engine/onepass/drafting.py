@@ -8,7 +8,7 @@ draft      OnePassDrafting.draft
 choose     Memory.choose        hypotheses about what becomes of these drafts
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.draft_rows import DraftRows
 from vllm_orthrus.engine.drafting import Drafting, HostInts, Sampled, Turn
 from vllm_orthrus.engine.graphs import OutcomeGraphs
+from vllm_orthrus.engine.lasting import tensors_in
 from vllm_orthrus.engine.onepass.counters import LateCounts
 from vllm_orthrus.engine.onepass.forward import OnePass
 from vllm_orthrus.engine.onepass.joined import can_join
@@ -200,6 +201,10 @@ class OnePassDrafting(Drafting):
     def forget(self, slots: HostInts, reading: HostInts) -> None:
         self.memory.forget(slots)
         self.memory.new[slots[reading]] = True
+
+    def lasting(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("memory", "buffers", "logits", "drafted", "num_sampled", "num_rejected", "every_row"):
+            yield from tensors_in(getattr(self, name), name)
 
     def warm_up(self, batch: InputBatch) -> None:
         self.num_sampled.zero_()
