@@ -108,3 +108,12 @@ def test_steps_that_are_scheduled_ahead(begin: Start, asynchronous: None) -> Non
     assert not core.scheduler.dynamic_sd_lookup.asked_at
     policy = policy_of(engine)
     assert policy.clock.known and not policy.kept.alone.row
+
+
+def test_the_middle_one_tells_where_steps_overlap() -> None:
+    """A round that is slow throughout, as first ones are, and one in which a step was looked at late."""
+    late = [3.0, 3.1, 3.2, 1.0, 1.6, 0.4]
+    steps = [Step(1, 48, 3, 3, seconds) for seconds in late[:3]] + [Step(1, 48, 0, 0, 0.5)] * 3
+    steps += [Step(1, 48, 3, 3, seconds) for seconds in late[3:]]
+    told = {ahead: {step.drafting: step.seconds for step in timing.fastest(steps, ahead)} for ahead in (True, False)}
+    assert told == {True: {3: 1.0, 0: 0.5}, False: {3: 0.4, 0: 0.5}}

@@ -220,3 +220,15 @@ def test_the_default_model_is_the_one_it_says() -> None:
     shape = widen.shape_like("Qwen3-8B", {})
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     assert QWEN[:7] == (*(shape[name] for name in names), shape["head_dim"], shape["vocab_size"])
+
+
+def test_what_a_pause_takes_from_the_next_step_is_not_believed() -> None:
+    """With asynchronous scheduling a step that is looked at late makes the next seem short."""
+    clock = Clock(lambda drafts, requests, context: 1.0)
+    steps = [Step(1, 100, 3, 3, seconds) for seconds in [1.0] * 10 + [1.9, 0.1] + [1.0] * 2]
+    for step in steps:
+        clock.observe(step)
+    assert clock.seconds(1, 100, [3])[3] == pytest.approx(1, rel=0.05)
+    for _ in range(3):  # and what is short again and again is
+        clock.observe(Step(1, 100, 3, 3, 0.5))
+    assert clock.seconds(1, 100, [3])[3] == pytest.approx(0.5, rel=0.1)

@@ -165,7 +165,7 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(
     assert metrics(parts) == metrics(whole)
 
 
-@pytest.mark.parametrize(("loss", "steps", "left"), [("ce", 30, 0.8), ("ce_tv", 120, 0.99)])
+@pytest.mark.parametrize(("loss", "steps", "left"), [("ce", 30, 0.8), ("ce_tv", 120, 0.99), ("kl", 60, 0.99)])
 def test_it_learns_and_leaves_the_head_alone(
     settings: dict[str, Any], trained_head: Path, loss: str, steps: int, left: float
 ) -> None:

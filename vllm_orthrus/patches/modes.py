@@ -6,7 +6,7 @@ the runner and our drafter follow. With `orthrus_modes` the table that it looks 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -48,8 +48,6 @@ class AskPolicy:
                 if drafts.get(request) and sampled[index]
             ]
         )
-        for request in batch.finished_req_ids:
-            self.policy.finished(request)
         counts = batch.num_scheduled_tokens
         verified = {len(drafts.get(request, ())) for request in counts}
         decoded = all(count == 1 + len(drafts.get(request, ())) for request, count in counts.items())
@@ -59,6 +57,10 @@ class AskPolicy:
             if len(verified) == 1:
                 self.policy.observe(step)
             self.policy.gave(sum(map(len, sampled)), step)
+
+    def forget(self, requests: Iterable[str]) -> None:
+        for request in requests:
+            self.policy.finished(request)
 
     def counts(self) -> dict[str, int]:
         """In microseconds, since the start."""
@@ -86,8 +88,11 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
 def _update_from_output(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if isinstance(self.dynamic_sd_lookup, AskPolicy) and scheduler_output.num_scheduled_tokens:
-            self.dynamic_sd_lookup.learn(scheduler_output, model_runner_output)
+        ask = self.dynamic_sd_lookup
+        if isinstance(ask, AskPolicy):
+            if scheduler_output.num_scheduled_tokens:
+                ask.learn(scheduler_output, model_runner_output)
+            ask.forget(scheduler_output.finished_req_ids)  # the last to end come with a step that has nothing to do
         return original(self, scheduler_output, model_runner_output)
 
     return update_from_output

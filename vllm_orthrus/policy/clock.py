@@ -64,6 +64,7 @@ class Clock:
         self._remembered = functools.lru_cache(4096)(costs)  # asked in every step, of contexts that hardly change
         self.known: dict[Cell, tuple[int, float]] = {}  # how often seen, and the logarithm of the factor
         self.guessed: dict[Cell, float] = {}  # what follows from these for others
+        self.paused = False  # the last step took far longer than is known
 
     def observe(self, step: Step) -> None:
         if step.verified != step.drafting:  # on the way from one mode to another: neither's time
@@ -74,6 +75,9 @@ class Clock:
         # A machine pauses now and then, and nothing runs faster than it can: what is late is believed slowly, and what
         # is early at once, as other work may have gone on while the mode was timed first.
         late, early = factor > known + math.log(1.5), factor < known - math.log(1.25)
+        behind_a_pause, self.paused = self.paused, late
+        if early and behind_a_pause:  # where steps are scheduled ahead, what the one before waited lacks this one
+            return
         ease = EASE / 4 if late and seen >= TIMED else max(EARLY if early else EASE, 1 / (seen + 1))
         factor = min(factor, known + math.log(2)) if seen >= TIMED else factor
         change = ease * (factor - known)

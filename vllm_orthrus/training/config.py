@@ -65,9 +65,9 @@ class SelectorSettings(Section):
     rank: PositiveInt = 64
     candidates: Annotated[int, Field(ge=2, le=64)] = 16
     """The likeliest tokens of a row that it chooses from."""
-    loss: Literal["ce", "ce_tv"] = "ce"
-    """`ce`: name the AR view's token; its probabilities then tell well how many drafts will be kept. `ce_tv`: 0.1 of
-    that and 0.9 of total variation from the AR view's distribution, for drafts that are drawn at high temperatures."""
+    loss: Literal["ce", "ce_tv", "kl"] = "ce"
+    """`ce`: name the AR view's token; its probabilities then tell well how many drafts will be kept. `kl`: say what the
+    AR view says of all candidates, for drafts that are drawn. `ce_tv`: 0.1 of the first and 0.9 of total variation."""
     initial: str | None = None
     """A selector to start from."""
 

@@ -20,7 +20,7 @@ from vllm_orthrus.kernels.most_probable import Probable
 from vllm_orthrus.kernels.select import Tables, corrections
 from vllm_orthrus.training.kl import chunk_rows
 
-SelectorLoss = Literal["ce", "ce_tv"]
+SelectorLoss = Literal["ce", "ce_tv", "kl"]
 CE_SHARE = 0.1  # of `ce_tv`, beside total variation
 
 
@@ -165,7 +165,8 @@ def selector_loss(
         added = (candidates @ (behind @ parts["candidate"])[..., None]).squeeze(-1)
         score = plain + torch.where(taught.place[part, None] > 0, added, 0)
         log_q = score.log_softmax(-1)
-        loss = -torch.where(is_label, log_q, 0).sum(-1)
+        told = p if kind == "kl" else is_label.float()
+        loss = -(told * log_q).sum(-1)
         if kind == "ce_tv":
             variation = 1 - torch.minimum(log_q.exp(), p).sum(-1)
             loss = CE_SHARE * loss + (1 - CE_SHARE) * variation
