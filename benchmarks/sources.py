@@ -63,7 +63,7 @@ SOURCES: Mapping[str, Source] = {
             "--tokens 256 --dtype float32 --rules chow diff opt token_v2 token_v3 relaxed --alphas 0.1 0.3 0.6 0.9 "
             f"--ks 2 5 --out {OUT} -- {SMALL}",
         ),
-        5,
+        20,
         variables=ONE_CORE,
         pictures={".png": "cascades-tiny.png"},
     ),
