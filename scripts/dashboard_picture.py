@@ -88,6 +88,7 @@ def draw(rows: Iterable[Row], lines: Mapping[str, list[Line]], title: str, out: 
             _draw_panel(axis, panel, lines[panel.title])
         mine[0].set_ylabel(row.title, fontsize=9, fontweight="bold")
     figure.suptitle(title, fontsize=10)
+    figure.supxlabel("minutes", fontsize=8)
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -121,10 +122,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prometheus")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--title", default="vLLM with Orthrus: minutes, by the dashboard's queries")
+    parser.add_argument("--until", type=float, help="seconds since 1970; left out: now")
+    parser.add_argument("--title", default="vLLM with Orthrus, by the dashboard's queries")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    end = time.time()
+    end = asked.until or time.time()
     found = {
         panel.title: lines_of(panel, asked.prometheus, end - 60 * asked.minutes, end)
         for row in ROWS
