@@ -27,7 +27,8 @@ from vllm_orthrus.kernels.dual_view_plan import Target
 from vllm_orthrus.kernels.slots import Remembered, Slots
 
 KIB = 1024
-RANK, CANDIDATES = 64, 16  # of a selector
+PAGES = 1 << 20  # of a cache as servers have them, of more than 2 GiB
+RANK, CANDIDATES = 64, 32  # of a selector that is to be good where text is drawn, too
 
 
 class Gpu(NamedTuple):
@@ -139,7 +140,7 @@ def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 def attention_launches(shape: Shape, gpu: Gpu, cache_dtype: torch.dtype) -> tuple[list[Call], attention.Plan]:
     dtype, kv_heads, heads = torch.bfloat16, 8, 8 * shape.groups
-    stored = empty(1000, shape.page, kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
+    stored = empty(PAGES, shape.page, kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
     keys, values = stored.transpose(1, 2).split(shape.head_dim, dim=-1)
     scale = empty(1, dtype=torch.float32) if cache_dtype.itemsize == 1 else None
     table = empty(shape.num_reqs, MAX_MODEL_LEN // shape.page, dtype=torch.int32)
@@ -187,7 +188,7 @@ def rotation_launches(shape: Shape) -> list[Call]:
         )
 
     drafted, rows = view(shape.num_reqs * shape.blocks * shape.width), shape.num_reqs * RELEASED.verified
-    stored = empty(1000, shape.page, kv_heads, 2 * heads.dim, dtype=dtype)
+    stored = empty(PAGES, shape.page, kv_heads, 2 * heads.dim, dtype=dtype)
     cache = norm_rotate.CacheSlots(*stored.transpose(1, 2).split(heads.dim, dim=-1), empty(rows))
     given = (heads, empty(MAX_MODEL_LEN, heads.dim, dtype=dtype), 1e-6)
     with recorded(norm_rotate, "_norm_rotate_kernel") as calls:

@@ -183,11 +183,10 @@ def examine(compiled: Any, gpu: Gpu) -> dict[str, Any]:
     if gpu.compile_for.backend == "hip":
         code = compiled.asm["amdgcn"]
         fields = {key: int(found) for key, found in re.findall(r"\.(\w+):\s+(\d+)", code)}
-        spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
         found = re.search(r"v_mfma_\w+", code)
         return {
             "registers": fields["vgpr_count"],
-            "spills": spills,
+            "spills": fields["vgpr_spill_count"],  # scalar ones find room in lanes of these, and go to no memory
             "stack": fields["private_segment_fixed_size"],
             "matrix": found.group(0) if found else "-",
         }
