@@ -81,13 +81,17 @@ SOURCES: Mapping[str, Source] = {
         timed=True,
     ),
     "cpu-modes-bfloat16-epyc-2-cores.json": Source(
-        "tokens per second beside stock vLLM, one request at a time",
-        (f"python -m benchmarks.cpu_modes --rounds 3 --at-once 1 --ways plain auto --out {OUT}",),
-        10,
+        "tokens per second beside stock vLLM, by class and requests, with a selector and without",
+        (
+            "python -m benchmarks.cpu_modes --rounds 3 --at-once 1 2 4 8 --ways plain auto 'auto, selector' "
+            f"--out {OUT}",
+        ),
+        35,
         timed=True,
+        pictures={".svg": "modes-on-two-cores.svg"},
     ),
     "cpu-modes-bfloat16-xeon-amx-2-cores.json": Source(
-        "tokens per second beside stock vLLM, by class and requests",
+        "the same on another CPU, without a selector",
         (f"python -m benchmarks.cpu_modes --rounds 3 --at-once 1 2 4 8 --ways plain auto --out {OUT}",),
         25,
         timed=True,
