@@ -310,7 +310,7 @@ def said() -> list[Said]:
     return [
         Said("README.md", f"answers predictable questions {low:.1f} times as fast as stock vLLM"),
         Said("README.md", f"{everything[0]:.2f} times at one request and {everything[-1]:.2f} at eight"),
-        Said("docs/benchmarks.md", f"takes {of[1][3] / of[1][0]:.1f} times a plain one here with one request"),
+        Said("docs/benchmarks.md", f"takes {of[1][3] / of[1][0]:.1f} times a plain one with one request"),
         Said("docs/benchmarks.md", f"and {of[8][3] / of[8][0]:.1f} times with eight"),
         Said(
             "docs/benchmarks.md",
