@@ -119,16 +119,16 @@ def _the_draft_before_the_last(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(select, "corrections", faulty)
 
 
-def _gates_of_other_rows(patch: pytest.MonkeyPatch) -> None:
+def _gates_of_other_requests(patch: pytest.MonkeyPatch) -> None:
     sampled = DraftSampler.select
 
     def faulty(self: Any, selector: Any, keys: Any, hidden: torch.Tensor, *rest: Any) -> Any:
-        return sampled(self, selector, keys, hidden.roll(1, 0), *rest)
+        return sampled(self, selector, keys, hidden.roll(keys.shape[1], 0), *rest)
 
     patch.setattr(DraftSampler, "select", faulty)
 
 
-@pytest.mark.parametrize("plant", [_a_row_further, _the_draft_before_the_last, _gates_of_other_rows])
+@pytest.mark.parametrize("plant", [_a_row_further, _the_draft_before_the_last, _gates_of_other_requests])
 def test_faults_show(
     plant: Callable[[pytest.MonkeyPatch], None],
     drafting: Engine,
