@@ -136,7 +136,7 @@ SOURCES: Mapping[str, Source] = {
     "selector-tiny.json": Source(
         "tokens per cycle and per forward with a selector, and with its head alone",
         (f"python -m benchmarks.selector --out {OUT}",),
-        25,
+        10,
         variables=ONE_CORE,
     ),
     "shared-prefixes.json": Source(
