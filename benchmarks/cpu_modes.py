@@ -249,7 +249,7 @@ def main() -> int:
     asked = {"rounds": args.rounds, "tokens": args.tokens, "like": args.like, "dtype": args.dtype}
     evidence = ModesEvidence(args.out or default_path(f"cpu-modes-{args.dtype}", cpu_name()), environment() | asked)
     prompts = asked_prompts(args.rounds)
-    evidence.red = differences({STOCK: None, **dict.fromkeys(args.ways)}, prompts, 48)
+    evidence.red = differences(dict.fromkeys([STOCK, *args.ways]), prompts, 48)
     evidence.write()
     if not evidence.red:
         measure(evidence, widened(args.like, args.dtype), prompts, args)

@@ -217,9 +217,11 @@ def cascades_at_a_target() -> str:
     for kind, (lossless, best) in at_a_target().items():
         setting = "lossless" if best is lossless else f"`{best['rule']}` {best['setting']}"
         gain = f"{best['tokens_per_forward'] / lossless['tokens_per_forward'] - 1:+.1%}".replace("%", " %")
-        right = [f"{one['right'] * one['prompts']:.0f}" if one["right"] is not None else "" for one in (lossless, best)]
-        of = f" of {best['prompts']}" if best["right"] is not None else ""
-        rows.append([kind, setting, gain, f"{right[0]} -> {right[1]}{of}" if of else "not checked"])
+        right = "not checked"
+        if best["right"] is not None:
+            before, after = (round(one["right"] * one["prompts"]) for one in (lossless, best))
+            right = f"{before} -> {after} of {best['prompts']}"
+        rows.append([kind, setting, gain, right])
     return table(["class", "the best setting in hindsight", "tokens per forward", "right answers"], rows)
 
 

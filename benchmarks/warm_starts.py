@@ -16,7 +16,6 @@ are over 1 % below the cold run's. Some minutes of one core.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.evidence import FOLDER, ROOT, Evidence, environment
+from tests.engine.subprocesses import result_of
 
 CASES = ("cold", "prefix hits", "preempted", "handed over")
 ANSWER, PAGE, LENGTH = 64, 32, 320
@@ -33,7 +33,12 @@ AT_ONCE = 8
 # For 6 of 8 requests that have said all, and for all 8 before that.
 FEW_PAGES = 6 * (LENGTH + ANSWER) // PAGE + 4
 WITHIN = 0.01
-RESULT = "RESULT"
+ASK = """
+import json, sys
+from benchmarks.warm_starts import ask
+
+print("RESULT" + json.dumps(ask(*map(json.loads, sys.argv[1:]))))
+"""
 
 
 @dataclass
@@ -42,8 +47,8 @@ class Found(Evidence):
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def ask(case: str, passes: str, count: int, store: str) -> dict[str, Any]:
-    """In this process. Says what was drafted, and that the case has happened."""
+def ask(case: str, passes: str | None, count: int, store: str) -> dict[str, Any]:
+    """In this process. passes: None without drafts. Says what was drafted, and that the case has happened."""
     from benchmarks.shared_prefixes import prompts
     from tests.engine.harness import Engine
     from tests.engine.trained import OPTIONS, TINY, trained_head
@@ -56,7 +61,7 @@ def ask(case: str, passes: str, count: int, store: str) -> dict[str, Any]:
     if case == "handed over":
         where = {"kv_connector_extra_config": {"shared_storage_path": store}}
         options["kv_transfer_config"] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"} | where
-    speculative = None if passes == "none" else trained_head(passes)
+    speculative = None if passes is None else trained_head(passes)
     engine = Engine(TINY / "base", speculative, **OPTIONS | options)
     given = prompts(engine, 0, count)
     if case == "prefix hits":
@@ -72,15 +77,11 @@ def ask(case: str, passes: str, count: int, store: str) -> dict[str, Any]:
     }
 
 
-def in_a_process(case: str, passes: str, count: int, store: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.warm_starts", "--questions", str(count)]
-    asked = ["--case", case, "--passes", passes, "--store", store]
-    done = subprocess.run([*command, *asked], cwd=ROOT, text=True, capture_output=True)
-    said = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if not said:
-        raise RuntimeError(f"{case}, {passes}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(said[0].removeprefix(RESULT))
-    return found
+def in_a_process(*asked: Any) -> dict[str, Any]:
+    """`ask`, where nothing else has a connector."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = result_of(Path(folder), ASK, *asked)
+        return found
 
 
 def happened(point: dict[str, Any]) -> bool:
@@ -126,15 +127,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--out", type=Path, default=FOLDER / "warm-starts.json")
-    for hidden in ("--case", "--passes", "--store"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        print(RESULT + json.dumps(ask(args.case, args.passes, args.questions, args.store)))
-        return 0
     evidence = Found(args.out, environment() | {"asked": f"--questions {args.questions}"})
     with tempfile.TemporaryDirectory() as store:
-        in_a_process("handed over", "none", args.questions, store)
+        in_a_process("handed over", None, args.questions, store)
         said: dict[str, Any] = {}
         for passes, case in tqdm([(passes, case) for passes in ("two", "one") for case in CASES]):
             found = in_a_process(case, passes, args.questions, store)

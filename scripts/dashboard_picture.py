@@ -1,6 +1,6 @@
 """Draw what the dashboard shows of a server: every panel, by its own queries, asked of a Prometheus.
 
-    python scripts/dashboard_picture.py http://localhost:9090 --minutes 10 [--out docs/pictures/dashboard.svg]
+    python -m scripts.dashboard_picture http://localhost:9090 --minutes 10 [--out docs/pictures/dashboard.svg]
 
 Grafana draws the same queries; this needs none, and shows what a page of the documentation can hold.
 """
@@ -17,10 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__:
-    from scripts.dashboard import ROWS, Panel, Row
-else:
-    from dashboard import ROWS, Panel, Row  # type: ignore[import-not-found, no-redef]
+from scripts.dashboard import ROWS, Panel, Row
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "pictures" / "dashboard.svg"
 STEP = 5  # seconds
@@ -101,7 +98,8 @@ def _draw_panel(axis: Any, panel: Panel, lines: list[Line]) -> None:
     axis.grid(alpha=0.3)
     if panel.stacked and lines:
         times = sorted({at for line in lines for at in line.seconds})
-        heights = [[dict(zip(line.seconds, line.values, strict=True)).get(at, 0.0) for at in times] for line in lines]
+        by_time = [dict(zip(line.seconds, line.values, strict=True)) for line in lines]
+        heights = [[values.get(at, 0.0) for at in times] for values in by_time]
         axis.stackplot([at / 60 for at in times], heights, labels=[line.name for line in lines], alpha=0.6)
     else:
         for line in lines:

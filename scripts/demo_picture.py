@@ -19,8 +19,8 @@ COLUMNS = 100
 LETTER, LINE, EDGE, BAR = 7.8, 18, 16, 34  # pixels
 BLANK = "\N{NO-BREAK SPACE}"  # others are drawn as one where several follow each other
 STYLE = (
-    "text{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px;fill:#e6edf3}"
-    ".w{fill:#0d1117}.p{fill:#7ee787}"
+    "text{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}"
+    ".said{fill:#e6edf3}.w{fill:#0d1117}.p{fill:#7ee787}"
 )
 
 
@@ -37,7 +37,7 @@ def draw(command: str, said: str) -> str:
     lines = [f"$ {command}", *wrapped(said)]
     width, height = round(2 * EDGE + COLUMNS * LETTER), BAR + LINE * len(lines) + EDGE
     rows = [
-        f'<text x="{EDGE}" y="{BAR + LINE * place + 13}"{" class=" + chr(34) + "p" + chr(34) if not place else ""}>'
+        f'<text class="{"said" if place else "p"}" x="{EDGE}" y="{BAR + LINE * place + 13}">'
         f"{escape(line).replace(' ', BLANK)}</text>"
         for place, line in enumerate(lines)
     ]

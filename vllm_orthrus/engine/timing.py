@@ -1,7 +1,8 @@
 """What steps take, timed before the engine serves: real steps of requests, through scheduler, model and sampler.
 
 For each size of a batch its requests read a short prompt, and then decode a few steps in each mode. The smallest time
-of a mode counts, as machines pause but never hurry. What there is no time for follows from what was timed (`Clock`).
+of a mode counts, as machines pause but never hurry; where steps overlap, the smallest of those in the middle of their
+rounds. What there is no time for follows from what was timed (`Clock`).
 """
 
 import hashlib

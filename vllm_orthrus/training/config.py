@@ -59,13 +59,16 @@ class ObjectiveConfig(Section):
     """Weight of row i is position_decay**i: below 1, early rows matter more, since a rejected draft ends its block."""
 
 
+SelectorLoss = Literal["ce", "ce_tv", "kl"]
+
+
 class SelectorSettings(Section):
     """What reads the draft before, on top of a head."""
 
     rank: PositiveInt = 64
     candidates: Annotated[int, Field(ge=2, le=64)] = 16
     """The likeliest tokens of a row that it chooses from."""
-    loss: Literal["ce", "ce_tv", "kl"] = "ce"
+    loss: SelectorLoss = "ce"
     """`ce`: name the AR view's token; its probabilities then tell well how many drafts will be kept. `kl`: say what the
     AR view says of all candidates, for drafts that are drawn. `ce_tv`: 0.1 of the first and 0.9 of total variation."""
     initial: str | None = None

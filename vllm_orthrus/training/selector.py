@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from vllm_orthrus.heads import SELECTOR_PARTS, SelectorCheckpoint, SelectorShape
 from vllm_orthrus.kernels.most_probable import Probable
 from vllm_orthrus.kernels.select import Tables, corrections
+from vllm_orthrus.training.config import SelectorLoss
 from vllm_orthrus.training.kl import chunk_rows
 
-SelectorLoss = Literal["ce", "ce_tv", "kl"]
 CE_SHARE = 0.1  # of `ce_tv`, beside total variation
 
 
