@@ -15,12 +15,15 @@ from vllm.config import VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker import startup_plan
 
 from tests.documented import commands
 from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints
+from vllm_orthrus.engine import timing
 from vllm_orthrus.engine.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
-from vllm_orthrus.patches import logprobs
+from vllm_orthrus.kernels.forms import SETTING
+from vllm_orthrus.patches import install_in_worker, logprobs
 
 
 def build(model: Path, speculative: dict[str, Any] | None = None, **options: Any) -> VllmConfig:
@@ -223,6 +226,66 @@ def test_context_parallelism_is_refused(size: str, tiny: Checkpoints) -> None:
             target_model_config=config.model_config,
             target_parallel_config=parallel,
         )
+
+
+def modes_of(tiny: Checkpoints, settings: dict[str, Any], **parallel: Any) -> list[int] | None:
+    config = build(tiny.base, orthrus(tiny.block_head))
+    for name, value in parallel.items():
+        setattr(config.parallel_config, name, value)
+    found: list[int] | None = OrthrusSpeculativeConfig(
+        method="orthrus",
+        model=str(tiny.block_head),
+        target_model_config=config.model_config,
+        target_parallel_config=config.parallel_config,
+        **settings,
+    ).orthrus_modes
+    return found
+
+
+def test_ranks_that_decide_by_themselves_have_one_mode(tiny: Checkpoints) -> None:
+    """Two clocks would tell the ranks of one engine different numbers of drafts, and neither would ever go on."""
+    apart = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2, "world_size": 2}
+    assert modes_of(tiny, {}, **apart) is None
+    with pytest.raises(ValueError, match=r"orthrus_modes=\[0, 7\] needs one scheduler for all ranks"):
+        modes_of(tiny, {"orthrus_modes": [0, 7]}, **apart)
+    assert modes_of(tiny, {}, **(apart | {"distributed_executor_backend": "ray"})) == [0, 3, 7]
+    assert modes_of(tiny, {}, distributed_executor_backend="external_launcher") == [0, 3, 7]
+
+
+def test_data_parallel_ranks_are_engines_of_their_own(tiny: Checkpoints) -> None:
+    assert build(tiny.base, orthrus(tiny.block_head), data_parallel_size=2).speculative_config.orthrus_modes == [
+        0,
+        3,
+        7,
+    ]
+
+
+def test_memory_is_planned_anew_for_other_heads_and_settings(tiny: Checkpoints) -> None:
+    """vLLM's key knows the method and the target, whose plan would leave no room for a larger head and its graphs."""
+    install_in_worker()
+
+    def key(**settings: Any) -> str:
+        return str(startup_plan.compute_plan_fingerprint(build(tiny.base, orthrus(tiny.block_head, **settings)), 0, 1))
+
+    others = [{"orthrus_modes": []}, {"orthrus_hypotheses": 2}, {"draft_sample_method": "probabilistic"}]
+    assert len({key(), *(key(**settings) for settings in others)}) == 4
+    assert key() == key()
+    stock = startup_plan.compute_plan_fingerprint.__wrapped__  # type: ignore[attr-defined]
+    plain = build(tiny.base)
+    assert startup_plan.compute_plan_fingerprint(plain, 0, 1) == stock(plain, 0, 1)
+
+
+def test_steps_are_timed_anew_where_they_take_another_time(tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(**options: Any) -> Path:
+        return timing.place(timing.what_counts(build(tiny.base, orthrus(tiny.block_head), **options)))
+
+    places = [place(), place(enforce_eager=True), place(block_size=32)]
+    for name, value in {"VLLM_BATCH_INVARIANT": "1", SETTING: "torch"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            places.append(place())
+    assert len(set(places)) == len(places)
+    assert place() == places[0]
 
 
 def test_model_runner_v1_is_refused(tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,9 @@ vLLM's sizes, {len(one.captured)} here, count tokens. Of verifications of fewer 
 requests, so that plain decoding has the graphs that it has by itself. *By size*: what there would be if vLLM planned
 them for a table of these numbers of drafts. *Fixed*: with `orthrus_modes: []`. Where rows take their time, there are
 more between vLLM's sizes, as requests that only fill a graph are computed like others. How long a capture of all
-takes, and the memory it keeps, was not measured yet.
+takes, and the memory it keeps, was not measured yet. Behind tensor parallelism vLLM's own all-reduce has room for
+65,536 entries of graphs, which targets of more than 58 layers could overflow: with those, verifications of fewer drafts
+and draft passes have graphs for 1, 2, 4, 8, ... requests, unless `--disable-custom-all-reduce` does without entries.
 
 {graphs_table(found)}
 By the roofline of `vllm_orthrus/policy/cost.py`, milliseconds of a cycle of two passes with {one.modes[-1]} drafts at

@@ -94,3 +94,32 @@ def test_every_mode_has_graphs_for_few_requests_as_well(most_requests: int, ask:
     """vLLM's own table would have room for as many modes as requests."""
     found = ask("RTX 4090", carrying, most_requests)
     assert found.largest == dict.fromkeys((1, 4, 8, 15, 16), most_requests)
+
+
+def registered(layers: int, ranks: int) -> int:
+    """Entries of vLLM's own all-reduce when all is captured, those of its trial captures among them."""
+    loaded = load()
+    speculator, config = loaded.speculator, loaded.speculator.vllm_config
+    kept = speculator.graphs, speculator.outcome_graphs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config.parallel_config, "tensor_parallel_size", ranks)
+        patch.setattr(config.model_config.hf_text_config, "num_hidden_layers", layers)
+        try:
+            speculator.init_cudagraph_manager(loaded.mode)
+            drafts = sum(map(len, speculator.graphs._capture_descs.values()))
+            outcomes = sum(map(len, speculator.outcome_graphs._capture_descs.values()))
+        finally:
+            speculator.graphs, speculator.outcome_graphs = kept
+        whole = len(verification_graphs(config, loaded.mode))
+    pieces = sum(graph.cg_mode.name == "PIECEWISE" for graph in loaded.target_graphs.graphs)
+    tried_whole = 2
+    return (2 * layers + 1) * (whole + tried_whole + 2 * (pieces + drafts)) + 2 * outcomes
+
+
+@pytest.mark.parametrize(("layers", "ranks"), [(36, 2), (64, 2), (80, 4)])
+def test_room_of_vllms_all_reduce(layers: int, ranks: int, ask: Ask) -> None:
+    """Beyond it an engine does not start: "Rank data buffer is overflowed"."""
+    found, alone = ask("H200", registered, layers, ranks), ask("H200", registered, layers, 1)
+    assert found <= 65536
+    if alone <= 65536:
+        assert found == alone, "graphs that there is room for are all captured"

@@ -361,12 +361,18 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         return default_modes(self.num_speculative_tokens or 0, self.orthrus_passes == "one")
 
     def _may_change_modes(self) -> bool:
-        """Nobody else decides the number of drafts, and all ranks draft as many."""
+        """Nobody else decides the number of drafts, and all ranks of an engine draft as many.
+
+        Data-parallel ranks of the models that have heads are engines of their own.
+        """
+        parallel = self.target_parallel_config
+        # There each rank has a scheduler of its own, which would decide by its own clock.
+        by_themselves = parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
         return (
             self.num_speculative_tokens_per_batch_size is None
             and not self.enable_adaptive_verification
             and not self.orthrus_check_attention  # which is there to see many drafts
-            and self.target_parallel_config.data_parallel_size == 1
+            and not by_themselves
         )
 
     def _check_modes(self, modes: list[int]) -> None:
@@ -379,9 +385,9 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             )
         if not self._may_change_modes():
             raise ValueError(
-                f"orthrus_modes={modes} needs one data-parallel rank, no orthrus_check_attention, and neither "
-                "num_speculative_tokens_per_batch_size nor enable_adaptive_verification, which decide the same. Leave "
-                "one of them out."
+                f"orthrus_modes={modes} needs one scheduler for all ranks, which external_launcher has not, no "
+                "orthrus_check_attention, and neither num_speculative_tokens_per_batch_size nor "
+                "enable_adaptive_verification, which decide the same. Leave one of them out."
             )
 
     def _refuse_to_fuse(self) -> None:

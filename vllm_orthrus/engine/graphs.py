@@ -25,8 +25,10 @@ class BlockGraphs(CudaGraphManager):  # type: ignore[misc]
     def _init_candidates(self) -> None:
         if not self.cudagraph_mode:
             return
+        few = must_be_few(self.vllm_config)
         for width in self.widths:
-            plan_graphs(self, width, counts_of_requests(width, self.largest, (1, 2, 4, *range(8, self.largest, 8))))
+            sizes = (1, 2, 4, *range(8, self.largest, 8))
+            plan_graphs(self, width, counts_of_requests(width, self.largest, sizes, few))
 
     def find(self, num_reqs: int, width: int) -> BatchExecutionDescriptor:
         """The smallest graph that holds so many requests, or a descriptor that says that there is none."""
@@ -63,13 +65,28 @@ class OutcomeGraphs(CudaGraphManager):  # type: ignore[misc]
 CHEAP_ROWS, STEPS = 64, ((256, 16), (512, 32))
 
 
-def counts_of_requests(rows: int, most: int, sizes: Iterable[int]) -> list[int]:
+# vLLM's own all-reduce has room for so many of those that graphs hold: two for each layer, and one. And so many graphs
+# count, as vLLM captures some of them twice, the first time to see what memory they take.
+REGISTERED, COUNTED = 65536, 560
+
+
+def must_be_few(vllm_config: VllmConfig) -> bool:
+    """Whether tensor-parallel ranks could not start with all graphs, as the target is so deep."""
+    parallel, layers = vllm_config.parallel_config, vllm_config.model_config.hf_text_config.num_hidden_layers
+    if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce:
+        return False
+    return bool((2 * layers + 1) * COUNTED > REGISTERED)
+
+
+def counts_of_requests(rows: int, most: int, sizes: Iterable[int], few: bool = False) -> list[int]:
     """For which a forward with so many rows for each has graphs. sizes: that there are, whatever rows a request has.
 
     vLLM's sizes go from 8 to 16 to 24. With a row for each request that costs nothing; a block of 16 for each of 9
     requests, padded to 16 of them, would be 112 rows dearer.
     """
     counts, above = {min(size, most) for size in sizes} | {most}, CHEAP_ROWS
+    if few and rows > 1:  # of those without drafts there are as many as vLLM has by itself
+        return sorted({2**doublings for doublings in range(most.bit_length())} | {most})
     for up_to, step in STEPS:
         each = 2 ** (max(1, step // rows).bit_length() - 1)
         counts |= {count for count in range(each, most, each) if above < count * rows <= up_to}
@@ -105,7 +122,8 @@ def plan_modes(manager: CudaGraphManager, modes: Iterable[int]) -> None:
     mode, sizes = manager.cudagraph_mode, manager.compilation_config.cudagraph_capture_sizes
     if not (sizes and mode.separate_routine() and mode.decode_mode() == CUDAGraphMode.FULL):
         return  # graphs of any rows serve these as well, or there are none of whole verifications
+    few = must_be_few(manager.vllm_config)
     for rows in (drafts + 1 for drafts in modes):
         most = min(manager.max_num_reqs, max(sizes) // rows)
         if most and rows != manager.decode_query_len:
-            plan_graphs(manager, rows, counts_of_requests(rows, most, sizes))
+            plan_graphs(manager, rows, counts_of_requests(rows, most, sizes, few))

@@ -8,6 +8,7 @@ rounds. What there is no time for follows from what was timed (`Clock`).
 import hashlib
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from vllm_orthrus.engine.vllm import Request, SamplingParams
+from vllm_orthrus.kernels.forms import SETTING as FORM
 from vllm_orthrus.policy.clock import Cell, Step
 from vllm_orthrus.policy.kept import Outcome
 from vllm_orthrus.policy.worth import Worth
@@ -30,6 +32,7 @@ SIZES = (1, 4, 16, 64, 256)
 ROUNDS = 2  # the first steps of all are slow
 OWN, OWN_AHEAD = 2, 3  # steps of a mode in a round, behind those that still verify another's drafts
 MOST_STEPS = 8  # of a mode in a round
+VARIABLES = ("VLLM_BATCH_INVARIANT", FORM)  # that change it
 
 
 class Batch(NamedTuple):
@@ -193,7 +196,7 @@ def place(facts: dict[str, Any]) -> Path:
 
 
 def what_counts(vllm_config: Any) -> dict[str, Any]:
-    """Whatever changes what a step takes."""
+    """Whatever changes what a step takes, or what memory."""
     import torch
     import vllm
     from vllm.platforms import current_platform
@@ -201,6 +204,7 @@ def what_counts(vllm_config: Any) -> dict[str, Any]:
     import vllm_orthrus
 
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config
     ours = {name: str(value) for name, value in vars(speculative).items() if name.startswith("orthrus_")}
     return {
         "device": current_platform.get_device_name(),
@@ -211,9 +215,11 @@ def what_counts(vllm_config: Any) -> dict[str, Any]:
         "sampling": speculative.draft_sample_method,
         "settings": ours,
         "cache": str(vllm_config.cache_config.cache_dtype),
-        "ranks": vllm_config.parallel_config.tensor_parallel_size,
+        "ranks": [parallel.tensor_parallel_size, parallel.nnodes, parallel.disable_custom_all_reduce],
         "requests": vllm_config.scheduler_config.max_num_seqs,
-        "graphs": str(vllm_config.compilation_config.cudagraph_mode),
+        "graphs": [str(graphs.cudagraph_mode), graphs.cudagraph_capture_sizes],
+        "vllm": vllm_config.compute_hash(),  # attention, offloading, compilation
+        "variables": [os.environ.get(name) for name in VARIABLES],
         "versions": [vllm.__version__, torch.__version__, vllm_orthrus.__version__],
     }
 

@@ -2,7 +2,19 @@
 
 import logging
 
-from vllm_orthrus.patches import arguments, cascades, cpu, dispatch, graphs, limits, logprobs, metrics, models, modes
+from vllm_orthrus.patches import (
+    arguments,
+    cascades,
+    cpu,
+    dispatch,
+    graphs,
+    limits,
+    logprobs,
+    metrics,
+    models,
+    modes,
+    plans,
+)
 from vllm_orthrus.patches.registry import Patch, State, apply_all
 from vllm_orthrus.patches.versions import SUPPORTED_VLLM, installed_vllm, vllm_is
 
@@ -32,6 +44,7 @@ WORKER_PATCHES: list[Patch] = [
     *graphs.WORKER_PATCHES,
     *logprobs.WORKER_PATCHES,
     *cascades.WORKER_PATCHES,
+    *plans.WORKER_PATCHES,
 ]
 
 # vLLM configures the logger "vllm" and its children, so this is where our messages are seen.
