@@ -1,5 +1,6 @@
 """Across processes: spawned engine cores and workers, tensor parallelism, and the HTTP server."""
 
+import json
 import socket
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -66,6 +67,17 @@ def test_spawned_workers(ranks: int, tiny: Checkpoints, copying: dict[str, Any],
     assert tokens == expected
     assert 0 < drafted == accepted
     assert not counted
+
+
+def test_a_spawned_engine_times_its_steps(
+    tiny: Checkpoints, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every server's is. vLLM loads plugins there while `EngineCore.__init__`, which times them, is under way."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    tokens, _, _ = generate(tmp_path, tiny.base, {"method": "orthrus", "model": str(tiny.block_head)}, {})
+    assert tokens == expected
+    (file,) = tmp_path.rglob("steps-*.json")
+    assert len(json.loads(file.read_text())["steps"]) == 6, "three modes, with one request and with four"
 
 
 @pytest.fixture(scope="module")

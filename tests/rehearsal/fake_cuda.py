@@ -88,7 +88,9 @@ def _pick(x: torch.Tensor, index: Any) -> torch.Tensor:
 def _put(x: torch.Tensor, index: Any, value: Any) -> None:
     view, tensors = _view(x, index)
     if any(tensor is not None for tensor in tensors):
-        aten.index_put(view, tensors, value if isinstance(value, torch.Tensor) else view.new_full((), value))
+        if not isinstance(value, torch.Tensor):
+            raise HostWaits(f"the number {value} is copied to cuda, and waited for, to be put where a tensor says")
+        aten.index_put(view, tensors, value)
     elif isinstance(value, torch.Tensor):
         _copy(view, value)
     else:

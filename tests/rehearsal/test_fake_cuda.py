@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.rehearsal.machines import Ask
@@ -35,6 +36,7 @@ def start(fault: str | None = None, settings: dict[str, Any] | None = None, **op
 
     from tests.rehearsal.fake_cuda import fake_cuda
     from tests.rehearsal.fp8_operators import products_in_fp8
+    from vllm_orthrus.engine.onepass.drafting import Turn
 
     # Nothing is compiled: a compiler would trace through tensors that are traced already.
     config = configure(settings, enforce_eager=True, hf_overrides={"num_hidden_layers": LAYERS}, **options)
@@ -67,6 +69,8 @@ def start(fault: str | None = None, settings: dict[str, Any] | None = None, **op
             context = draft_pass.attention.begin(speculator.rows.blocks(4, 4096))
             draft_pass.compute(4, context, speculator.shape.block)
             stage("draft")
+            speculator.drafting.finish(4, Turn(np.arange(4), 4, speculator.shape.drafts))
+            stage("behind it")
             speculator.drafting.match_and_draft(4)
             stage("outcome")
 

@@ -1,12 +1,14 @@
 """Which graphs there are, by what the target's attention backend supports and what was asked for."""
 
+from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.rehearsal.machines import Ask
 from tests.rehearsal.qwen3 import configure, load, resolve, verification_graphs
+from vllm_orthrus.engine.costs import who_rides
 
 
 class Handed(NamedTuple):
@@ -14,6 +16,7 @@ class Handed(NamedTuple):
     fewer: int  # graphs of verifications of fewer drafts than the most
     drafts: int  # graphs of draft passes
     outcomes: int  # graphs that take up an outcome
+    drafting: str
 
 
 def handed(support: str, asked: str | None) -> Handed:
@@ -24,17 +27,20 @@ def handed(support: str, asked: str | None) -> Handed:
     backend = SimpleNamespace(min_cg_support=AttentionCGSupport[support], min_cg_attn_backend="a backend")
     mode = resolve(configure(**options), backend, None)
     speculator = load().speculator
-    kept = speculator.graphs, speculator.outcome_graphs
+    kept = speculator.graphs, speculator.outcome_graphs, speculator.drafting
     try:
+        speculator.outcome_graphs = None
         speculator.init_cudagraph_manager(mode)
         drafts, outcomes = (
-            sum(map(len, manager._capture_descs.values())) for manager in (speculator.graphs, speculator.outcome_graphs)
+            sum(map(len, manager._capture_descs.values())) if manager is not None else 0
+            for manager in (speculator.graphs, speculator.outcome_graphs)
         )
+        drafting = type(speculator.drafting).__name__
     finally:
-        speculator.graphs, speculator.outcome_graphs = kept
+        speculator.graphs, speculator.outcome_graphs, speculator.drafting = kept
     planned = verification_graphs(speculator.vllm_config, mode)
     fewer = sum(graph.uniform_token_count not in (None, speculator.shape.verified) for graph in planned)
-    return Handed(mode.name, fewer, drafts, outcomes)
+    return Handed(mode.name, fewer, drafts, outcomes, drafting)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,7 @@ def handed(support: str, asked: str | None) -> Handed:
 def test_mode_that_is_handed_to_the_speculator(support: str, asked: str | None, mode: str, ask: Ask) -> None:
     found = ask("H200", handed, support, asked)
     assert found.mode == mode
+    assert found.drafting == ("TwoPasses" if mode == "PIECEWISE" else "OnePassDrafting"), "pieces have no room"
     if mode.startswith("FULL"):
         assert (found.drafts, found.outcomes) == (134, 4), "docs/graphs.md has them by width"
         assert found.fewer == (0 if mode == "FULL" else 51 + 25 + 24 + 25), "in one that serves any batch they are"
@@ -123,3 +130,14 @@ def test_room_of_vllms_all_reduce(layers: int, ranks: int, ask: Ask) -> None:
     assert found <= 65536
     if alone <= 65536:
         assert found == alone, "graphs that there is room for are all captured"
+
+
+def riding(**options: Any) -> list[bool]:
+    return list(map(who_rides(configure(**options)), (1, 4, 5)))
+
+
+def test_nothing_rides_with_graphs_of_pieces(ask: Ask) -> None:
+    """And the policy knows: it would take drafts of a pass of their own for cheap."""
+    assert ask("H200", riding) == [True, True, False]
+    assert ask("H200", partial(riding, compilation_config={"cudagraph_mode": "PIECEWISE"})) == [False] * 3
+    assert ask("H200", partial(riding, enforce_eager=True)) == [True, True, False]

@@ -252,6 +252,13 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
             self.orthrus_selector_revision = selector.revision
         return checkpoint.config
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a new process vLLM loads plugins when its engine is half made, which is too late for what they patch."""
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        self.__dict__.update(state)
+
     @property
     def has_selector(self) -> bool:
         return self.orthrus_selector != "off"

@@ -34,8 +34,11 @@ def estimated_costs(vllm_config: Any) -> Costs:
 
 def who_rides(vllm_config: Any) -> Callable[[int], bool]:
     """Whether all drafts of so many requests come with the verification before."""
+    from vllm_orthrus.engine.vllm import CUDAGraphMode  # it imports what is patched before an engine starts
+
     one_pass, shape = vllm_config.speculative_config.orthrus_passes == "one", DraftShape.of(vllm_config)
-    return lambda requests: one_pass and shape.num_hypotheses(requests) > 0
+    pieces = vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.PIECEWISE  # which have no room for them
+    return lambda requests: one_pass and not pieces and shape.num_hypotheses(requests) > 0
 
 
 def model_of(vllm_config: Any) -> Model:

@@ -132,6 +132,9 @@ class OrthrusSpeculator(DraftModelSpeculator):  # type: ignore[misc]
                 self.drafting.bind(attention, layers, block_tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        if isinstance(self.drafting, OnePassDrafting) and cudagraph_mode == CUDAGraphMode.PIECEWISE:
+            logger.info("Orthrus drafts in a pass of its own: graphs of a model's pieces have no room for hypotheses.")
+            self.drafting = self._two_passes(self.model)
         self.graphs = self.draft_pass.make_graphs(cudagraph_mode, self.device)
         if isinstance(self.drafting, OnePassDrafting):
             drafts_have_graphs = bool(self.graphs.cudagraph_mode)

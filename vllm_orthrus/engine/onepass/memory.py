@@ -96,10 +96,11 @@ class Memory:
         that draft, as `rows` does.
         """
         self.place[slot] = torch.where(slot >= 0, self.places_of_blocks[: len(slot)], self.shape.most_carried)
-        self.slots.offset[slot] = 0
+        first = torch.zeros_like(slot)
+        self.slots.offset[slot] = first  # the number itself would be copied to the device, and waited for
         for part in self.slots.history:
             part[slot] = torch.where(new, 0, part[slot])
-        return self._take_rows(block_hidden[:, None], torch.zeros_like(slot), slot)
+        return self._take_rows(block_hidden[:, None], first, slot)
 
     def match(self, rows: HypothesisRows, outcome: Outcome) -> torch.Tensor:
         """[n] the newest block that the outcome has made useful; -1: none. Learns from the outcome."""
