@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch", type=int, default=256, help="prompts between two writes")
     parser.add_argument("--limit", type=int, help="answer only the first so many prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", type=json_object, default={}, help="further arguments of vLLM's LLM, as JSON")
     parser.set_defaults(run=run)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as {{"max_model_len": 4096}}')
+    return found
 
 
 def run(options: argparse.Namespace) -> int:

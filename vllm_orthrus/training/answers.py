@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class AnswerSettings(NamedTuple):
     batch: int = 256
     limit: int | None = None
     seed: int = 0
+    options: Mapping[str, Any] = MappingProxyType({})  # of vLLM's engine
 
 
 def write_answers(settings: AnswerSettings) -> int:
@@ -66,7 +68,7 @@ def _with_vllm(settings: AnswerSettings) -> Answer:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise ConfigError("--engine vllm needs vLLM: install it, or use --engine transformers.") from error
-    engine = LLM(settings.base, seed=settings.seed)
+    engine = LLM(settings.base, seed=settings.seed, **settings.options)
     sampling = SamplingParams(temperature=settings.temperature, max_tokens=settings.max_new_tokens)
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
