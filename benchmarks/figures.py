@@ -272,7 +272,52 @@ def warm_starts() -> str:
     return table(["", "not read here", "preemptions", "two passes: tokens per cycle", "one pass"], rows)
 
 
+def launches_beside() -> str:
+    """What a step of Qwen3-8B launches, and by which formula."""
+    found = evidence("launches-beside.json")
+    steps = {one["way"]: one for one in found["qwen3_8b"]}
+    plain = steps["plain"]["forward"]
+    rows = []
+    for way, step in steps.items():
+        launched = step["forward"] + step["drafting"]
+        alone = launched - step["in_graphs"]
+        name = way if way not in found["theirs"] else f"{way}, {counted(step['layers'], 'layer')}"
+        name += f", {step['drafts']} drafts" if "drafts" in step else ""
+        figures = (step["forward"], step["drafting"], launched - plain, alone)
+        rows.append([name, *(f"{figure:+}" if place == 2 else str(figure) for place, figure in enumerate(figures))])
+    head = ["Qwen3-8B", "the target's forward", "drafting", "beside a plain step", "drafting outside graphs"]
+    return table(head, rows)
+
+
+def launches_by_layer() -> str:
+    """By layers of the target (L) and of the drafter (l), and drafts (k)."""
+    found = evidence("launches-beside.json")
+    plain, ours = found["plain"], found["ours"]
+    rows = [["plain", f"{plain['layer']} L + {plain['besides']}", "", ""]]
+    for way, one in ours.items():
+        if way == "two passes":
+            layer, rest = one["a layer of a draft pass"], one["that pass, besides its layers"]
+            rows.append([way, rows[0][1], f"{layer} L + {rest + one['around a draft pass']}", str(layer)])
+            continue
+        forward = one["a layer of a verification with hypotheses"], one["that forward, besides its layers"]
+        behind = sum(number for name, number in one.items() if name.startswith(("before", "beside", "behind")))
+        rows.append([way, f"{forward[0]} L + {forward[1]}", str(behind), ""])
+    for name, one in found["theirs"].items():
+        target, by = one["points"][0]["target"], one["launches"]
+        passes = f"{by['layer']} l + {by['fixed']}"
+        passes += f" + (k - 1) ({by['draft_layer']} l + {by['draft']})" * bool(by["draft"])
+        layers = sorted({number for point in one["points"] for number in point["layers_of_a_pass"]})
+        rows.append([name, f"{target['layer']} L + {target['besides']}", passes, " or ".join(map(str, layers))])
+    return table(["", "the target's forward", "drafting", "a layer that drafts"], rows)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
+    "launches-beside": launches_beside,
+    "launches-by-layer": launches_by_layer,
     "selector": selector,
     "selector-in-one-pass": selector_in_one_pass,
     "warm-starts": warm_starts,
@@ -303,6 +348,7 @@ def said() -> list[Said]:
     best = max(able, key=lambda one: float(one["tokens_per_forward"]))
     policy = evidence("mode-simulation.json")["summary"]["times_plain"]
     points = evidence("shared-prefixes.json")["points"]
+    launched = {one["way"]: one["drafting"] for one in evidence("launches-beside.json")["qwen3_8b"]}
 
     def apart(passes: str) -> float:
         rates = [point["tokens_per_cycle"] for point in points if point["passes"] == passes]
@@ -332,6 +378,11 @@ def said() -> list[Said]:
         ),
         Said("docs/prefixes.md", f"in two passes tokens per cycle {two_passes}"),
         Said("docs/prefixes.md", f"in one pass within {max(0.01, apart('one')):.0%}".replace("%", " %")),
+        Said(
+            "docs/one-pass.md",
+            f"One pass drafts 15 tokens with {launched['one pass']} launches, DFlash with {launched['DFlash']}, and "
+            f"EAGLE-3 its 5 with {launched['EAGLE-3']}; two passes take {launched['two passes']}",
+        ),
         Said("docs/modes.md", f"from {policy['least']:.2f} to {policy['most']:.2f} times plain decoding"),
     ]
 

@@ -103,6 +103,12 @@ SOURCES: Mapping[str, Source] = {
         10,
         timed=True,
     ),
+    "launches-beside.json": Source(
+        "what a decoding step launches: plain, with drafts of ours, and with vLLM's own DFlash and EAGLE-3 drafters",
+        (f"python -m benchmarks.launches_beside --out {OUT}",),
+        2,
+        variables=ONE_CORE | {"PYTHONPATH": ".venv/vllm-0.33"},
+    ),
     "lossless-tiny-bfloat16.json": Source(
         "where greedy texts part in bfloat16: plain decoding's own floor, and drafting",
         (

@@ -6,6 +6,7 @@ a Triton kernel, ours or vLLM's                                                1
 a norm, an activation or a rotary embedding of vLLM                            1, the hand-written kernel of a GPU
 vLLM's attention                                                               1, and 1 for the write to its cache
 values that the host hands over, or reads                                      1, the copy
+what the host computes of numbers of its own                                   0
 """
 
 from collections.abc import Iterator
@@ -48,11 +49,14 @@ class Part(NamedTuple):
 class LaunchCount(TorchDispatchMode):
     """Everything that runs inside, in order. What runs within something that was counted is a part of it."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, *models: Any) -> None:
+        """models: whose layers are told apart."""
         super().__init__()
         self.launches: list[str] = []
         self.within = 0
-        self.bounds = [layer.input_layernorm for layer in target.model.layers] + [target.model.norm]
+        self.bounds = [layer.input_layernorm for model in models for layer in model.model.layers]
+        self.bounds += [model.model.norm for model in models]
+        self.of_host: list[torch.Tensor] = []  # known to be, here where everything is
         self.passed: list[int] = []  # at which of the launches a layer began
         self.parts: dict[str, list[Part]] = {}
 
@@ -68,6 +72,16 @@ class LaunchCount(TorchDispatchMode):
             return result
 
         patch.setattr(owner, name, noted)
+
+    def leave_out(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        """Count nothing of what this method does: it is the host's work, or not of the step that is asked about."""
+        call = getattr(owner, name)
+
+        def uncounted(*args: Any, **kwargs: Any) -> Any:
+            with self._as("", 0):
+                return call(*args, **kwargs)
+
+        patch.setattr(owner, name, uncounted)
 
     @contextmanager
     def _as(self, name: str, times: int) -> Iterator[None]:
@@ -93,10 +107,18 @@ class LaunchCount(TorchDispatchMode):
         out = operator(*args, **kwargs)
         if operator in RESERVES or operator == SAME_MEMORY or operator.is_view or operator.namespace == "prim":
             return out
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        if not made or any(tensor.numel() for tensor in made):
+        given, made = (
+            [leaf for leaf in tree_leaves(some) if isinstance(leaf, torch.Tensor)] for some in ((args, kwargs), out)
+        )
+        if given and all(map(self._is_of_host, given)):
+            self.of_host += made
+        elif not made or any(tensor.numel() for tensor in made):
             self.launches.append(str(operator))
         return out
+
+    def _is_of_host(self, tensor: torch.Tensor) -> bool:
+        memory = tensor.untyped_storage().data_ptr()
+        return any(memory == mine.untyped_storage().data_ptr() for mine in self.of_host)
 
     @contextmanager
     def counting(self, patch: pytest.MonkeyPatch) -> Iterator[None]:
