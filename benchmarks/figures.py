@@ -315,9 +315,28 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
+def head_memory() -> str:
+    found = evidence("head-memory.json")["engines"]
+    plain, rows = found["plain"]["weights"], []
+    for way, one in found.items():
+        more = f"{one['weights'] / plain - 1:+.0%}".replace("%", " %")
+        rows.append([way, f"{one['weights']:,}", more, str(one["layers_with_a_cache"])])
+    return table(["random model of two layers", "bytes of weights", "beside plain", "layers with a cache"], rows)
+
+
+def head_memory_by_shapes() -> str:
+    rows = []
+    for name, one in evidence("head-memory.json")["qwen3"].items():
+        figures = [f"{one[what] / 1e9:.2f} GB" for what in ("base", "head", "again")]
+        rows.append([name, *figures, f"{one['cache_per_token'] * 16384 / 1e9:.2f} GB"])
+    return table(["in bf16", "base", "its head", "a draft model of both", "and its cache of 16K tokens"], rows)
+
+
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "launches-beside": launches_beside,
     "launches-by-layer": launches_by_layer,
+    "head-memory": head_memory,
+    "head-memory-by-shapes": head_memory_by_shapes,
     "selector": selector,
     "selector-in-one-pass": selector_in_one_pass,
     "warm-starts": warm_starts,

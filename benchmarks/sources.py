@@ -103,6 +103,12 @@ SOURCES: Mapping[str, Source] = {
         10,
         timed=True,
     ),
+    "head-memory.json": Source(
+        "bytes and caches that a head adds, beside its base and merged, and that a draft model of its own would",
+        (f"python -m benchmarks.head_memory --out {OUT}",),
+        2,
+        variables=ONE_CORE,
+    ),
     "launches-beside.json": Source(
         "what a decoding step launches: plain, with drafts of ours, and with vLLM's own DFlash and EAGLE-3 drafters",
         (f"python -m benchmarks.launches_beside --out {OUT}",),
