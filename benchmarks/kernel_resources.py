@@ -236,7 +236,8 @@ def quick_forms(gpu: Gpu) -> list[Form]:
     widest = [max(OTHERS, key=lambda shape: shape.head_dim)]
     if gpu.name == "sm_90":
         return forms([*shapes, *widest], [1], gpu, fp8=False)
-    return [form for form in forms([shapes[-1], *widest], [], gpu, fp8=True) if form.kernel == "attend"]
+    heaviest = "attend", "take up"
+    return [form for form in forms([shapes[-1], *widest], [1], gpu, fp8=True) if form.kernel in heaviest]
 
 
 def faults(report: Report) -> list[str]:

@@ -39,7 +39,7 @@ from vllm_orthrus.kernels.dual_view_inputs import (
     check_inputs,
 )
 from vllm_orthrus.kernels.dual_view_plan import Plan, Tiles, make_plan, workspace_size
-from vllm_orthrus.kernels.forms import runs_triton
+from vllm_orthrus.kernels.forms import REGISTERS, runs_triton
 from vllm_orthrus.kernels.packed import require_packed
 
 __all__ = [
@@ -134,11 +134,6 @@ def naive(
             if visible[row] >= 0:
                 verification.out[row] = attend(verification.q[row : row + 1], *prefix(req, visible[row]))[0]
     return out
-
-
-# Without a limit, NVIDIA's assembler spills a few registers so that a third program fits on a multiprocessor, though
-# shared memory has no room for one.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 def launch(

@@ -6,6 +6,11 @@ from typing import Literal, cast
 import torch
 
 SETTING = "VLLM_ORTHRUS_KERNELS"
+
+# Without a limit, NVIDIA's assembler spills a few registers of kernels that need many, so that one program more fits on
+# a multiprocessor. For attention shared memory has no room for that one, and of others there is only one program.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 Form = Literal["auto", "triton", "torch"]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vllm_orthrus.kernels import chances
 from vllm_orthrus.kernels.buckets import bucket_of
-from vllm_orthrus.kernels.forms import runs_triton
+from vllm_orthrus.kernels.forms import REGISTERS, runs_triton
 from vllm_orthrus.kernels.hypotheses import NONE, Hypotheses, count_covered, match_outcome
 from vllm_orthrus.kernels.packed import require_contiguous, require_packed
 from vllm_orthrus.kernels.slots import Slots, require_contiguous_slots
@@ -120,6 +120,7 @@ def launch(outcome: Outcome, prefix_lengths: Tensor, slots: Slots, counters: Ten
         REQUEST_DECAY=chances.REQUEST_DECAY,
         NONE=NONE,
         num_warps=4,
+        **REGISTERS,
     )
     return which
 
