@@ -22,6 +22,7 @@ from tests.engine import checkpoints
 from tests.engine.conftest import Checkpoints
 from vllm_orthrus.engine import timing
 from vllm_orthrus.engine.config import DEFAULT_DRAFTS, OrthrusSpeculativeConfig
+from vllm_orthrus.errors import UserError
 from vllm_orthrus.kernels.forms import SETTING
 from vllm_orthrus.patches import install_in_worker, logprobs
 
@@ -250,6 +251,17 @@ def test_ranks_that_decide_by_themselves_have_one_mode(tiny: Checkpoints) -> Non
         modes_of(tiny, {"orthrus_modes": [0, 7]}, **apart)
     assert modes_of(tiny, {}, **(apart | {"distributed_executor_backend": "ray"})) == [0, 3, 7]
     assert modes_of(tiny, {}, distributed_executor_backend="external_launcher") == [0, 3, 7]
+
+
+def test_cascades_are_counted_whole_or_refused(tiny: Checkpoints) -> None:
+    """With batches sharded for sampling a rank would tell its own requests' lossy tokens alone."""
+    config = build(tiny.base, orthrus(tiny.block_head)).speculative_config
+    lossy = {"orthrus_cascade": {"rule": "relaxed", "k": 2, "ratio": 0.1}}
+    assert config.cascade_of(lossy) is not None
+    config.target_parallel_config.enable_batch_sharded_sampling = True
+    assert config.cascade_of({}) is None
+    with pytest.raises(UserError, match="enable_batch_sharded_sampling=True"):
+        config.cascade_of(lossy)
 
 
 def test_data_parallel_ranks_are_engines_of_their_own(tiny: Checkpoints) -> None:
