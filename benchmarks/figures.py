@@ -62,9 +62,9 @@ def times_plain(file: str) -> str:
     return table(["requests", "", *named(kinds)], rows)
 
 
-def selector_by_the_clock() -> str:
+def selector_by_the_clock(file: str) -> str:
     """Times the speed of the same without one."""
-    summary = evidence(MODES)["summary"]
+    summary = evidence(file)["summary"]
     kinds, rows = summary["1"]["auto"], []
     for n, ways in summary.items():
         without, selected = ([ways[way][kind]["ms_per_token"] for kind in kinds] for way in ("auto", "auto, selector"))
@@ -342,7 +342,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "warm-starts": warm_starts,
     "times-plain": partial(times_plain, MODES),
     "times-plain-elsewhere": partial(times_plain, MODES_ELSEWHERE),
-    "selector-by-the-clock": selector_by_the_clock,
+    "selector-by-the-clock": partial(selector_by_the_clock, MODES),
+    "selector-by-the-clock-elsewhere": partial(selector_by_the_clock, MODES_ELSEWHERE),
     "turns": turns,
     "beside-ngram": beside_ngram,
     "step-times": step_times,
@@ -357,6 +358,13 @@ def said() -> list[Said]:
     modes = evidence(MODES)["summary"]
     everything = [ways["auto"]["all"]["times_plain"] for ways in modes.values()]
     low = modes["1"]["auto"]["low-entropy"]["times_plain"]
+    tiles = [
+        [ways[way] for ways in evidence(MODES_ELSEWHERE)["summary"].values()] for way in ("auto", "auto, selector")
+    ]
+    with_tiles = [
+        (f"{sizes[0]['low-entropy']['times_plain']:.1f}", *(f"{sizes[at]['all']['times_plain']:.2f}" for at in (0, -1)))
+        for sizes in tiles
+    ]
     of = steps()
     cost = evidence(COST)["errors"]["foretold, and not timed before"]
     lossless = evidence("lossless-tiny-bfloat16.json")
@@ -377,6 +385,10 @@ def said() -> list[Said]:
     return [
         Said("README.md", f"answers predictable questions {low:.1f} times as fast as stock vLLM"),
         Said("README.md", f"{everything[0]:.2f} times at one request and {everything[-1]:.2f} at eight"),
+        Said(
+            "README.md",
+            "it is {} times, {} and {}, and {}, {} and {} with a [selector]".format(*with_tiles[0], *with_tiles[1]),
+        ),
         Said("docs/benchmarks.md", f"takes {of[1][3] / of[1][0]:.1f} times a plain one with one request"),
         Said("docs/benchmarks.md", f"and {of[8][3] / of[8][0]:.1f} times with eight"),
         Said(

@@ -10,8 +10,8 @@ from vllm.model_executor.layers import utils
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
+from tests.rehearsal.counted_steps import leave_as_loaded
 from tests.rehearsal.launches import Launch, Recorder
-from tests.rehearsal.test_launch_budget import leave_as_loaded
 from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.onepass import pairs
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
