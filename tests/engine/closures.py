@@ -28,7 +28,9 @@ class Closures(CudaGraphManager):  # type: ignore[misc]
         self.compilation_config = SimpleNamespace(
             cudagraph_capture_sizes=list(capture_sizes), max_cudagraph_capture_size=max(capture_sizes)
         )
-        self.vllm_config = SimpleNamespace(speculative_config=None)
+        self.vllm_config = SimpleNamespace(
+            speculative_config=None, parallel_config=SimpleNamespace(tensor_parallel_size=1)
+        )
         self.max_num_reqs, self.decode_query_len = max_num_reqs, rows_per_request
         self.varlen_decode, self.lora_capture_cases, self.ubatch_runner = False, [0], None
         self._lora_dispatch_map: dict[int, int] = {}

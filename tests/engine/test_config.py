@@ -104,14 +104,15 @@ def test_survives_copies(tiny: Checkpoints) -> None:
     assert (changed.draft_sample_method, changed.num_speculative_tokens) == ("probabilistic", 4)
 
 
-def test_reaches_a_worker_that_has_not_loaded_plugins(tiny: Checkpoints, tmp_path: Path) -> None:
-    """vLLM unpickles the config in a worker before it loads plugins there."""
+def test_loads_plugins_where_none_are(tiny: Checkpoints, tmp_path: Path) -> None:
+    """vLLM unpickles the config in a new process before it loads plugins there, in the midst of what they patch."""
     pickled = tmp_path / "config"
     pickled.write_bytes(pickle.dumps(build(tiny.base, orthrus(tiny.block_head))))
     child = (
         "import pickle, pathlib, sys, vllm.plugins as plugins\n"
-        "spec = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).speculative_config\n"
         "assert not plugins.plugins_loaded\n"
+        "spec = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).speculative_config\n"
+        "assert plugins.plugins_loaded\n"
         "print(type(spec).__name__, spec.orthrus_block_size)"
     )
     printed = subprocess.run([sys.executable, "-c", child, str(pickled)], capture_output=True, text=True, check=True)

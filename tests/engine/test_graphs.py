@@ -10,6 +10,7 @@ from tests.engine.closures import DraftClosures, ForwardClosures, OutcomeClosure
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Engine, prompts
 from vllm_orthrus.engine.graphs import counts_of_requests
+from vllm_orthrus.engine.twopass import TwoPasses
 from vllm_orthrus.engine.vllm import CUDAGraphMode
 
 
@@ -193,10 +194,11 @@ def test_drafts_have_graphs_whatever_the_target_has(start: StartEngine, tiny: Ch
     speculator = engine.runner.speculator
     speculator.vllm_config.compilation_config.cudagraph_capture_sizes = [6, 12, 24]
     speculator.vllm_config.compilation_config.max_cudagraph_capture_size = 24
-    for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY):
+    for mode in (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY):
         assert drafts_with_graphs(speculator, mode) == [1, 2, 4], mode
-        outcomes = speculator.outcome_graphs.needs_capture()
-        assert outcomes == (mode != CUDAGraphMode.PIECEWISE), "only whole verifications carry hypotheses"
+        assert speculator.outcome_graphs.needs_capture()
+    assert drafts_with_graphs(speculator, CUDAGraphMode.PIECEWISE) == [1, 2, 4]
+    assert isinstance(speculator.drafting, TwoPasses), "only whole verifications carry hypotheses"
     assert drafts_with_graphs(speculator, CUDAGraphMode.NONE) == []
 
 

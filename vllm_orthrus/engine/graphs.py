@@ -72,9 +72,10 @@ REGISTERED, COUNTED = 65536, 560
 
 def must_be_few(vllm_config: VllmConfig) -> bool:
     """Whether tensor-parallel ranks could not start with all graphs, as the target is so deep."""
-    parallel, layers = vllm_config.parallel_config, vllm_config.model_config.hf_text_config.num_hidden_layers
+    parallel = vllm_config.parallel_config
     if parallel.tensor_parallel_size == 1 or parallel.disable_custom_all_reduce:
         return False
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     return bool((2 * layers + 1) * COUNTED > REGISTERED)
 
 
