@@ -283,8 +283,7 @@ def launches_beside() -> str:
         alone = launched - step["in_graphs"]
         name = way if way not in found["theirs"] else f"{way}, {counted(step['layers'], 'layer')}"
         name += f", {step['drafts']} drafts" if "drafts" in step else ""
-        figures = (step["forward"], step["drafting"], launched - plain, alone)
-        rows.append([name, *(f"{figure:+}" if place == 2 else str(figure) for place, figure in enumerate(figures))])
+        rows.append([name, str(step["forward"]), str(step["drafting"]), f"{launched - plain:+}", str(alone)])
     head = ["Qwen3-8B", "the target's forward", "drafting", "beside a plain step", "drafting outside graphs"]
     return table(head, rows)
 
@@ -358,12 +357,11 @@ def said() -> list[Said]:
     modes = evidence(MODES)["summary"]
     everything = [ways["auto"]["all"]["times_plain"] for ways in modes.values()]
     low = modes["1"]["auto"]["low-entropy"]["times_plain"]
+    one, *_, eight = evidence(MODES_ELSEWHERE)["summary"].values()
     tiles = [
-        [ways[way] for ways in evidence(MODES_ELSEWHERE)["summary"].values()] for way in ("auto", "auto, selector")
-    ]
-    with_tiles = [
-        (f"{sizes[0]['low-entropy']['times_plain']:.1f}", *(f"{sizes[at]['all']['times_plain']:.2f}" for at in (0, -1)))
-        for sizes in tiles
+        f"{one[way]['low-entropy']['times_plain']:.1f}{times}, {one[way]['all']['times_plain']:.2f} and "
+        f"{eight[way]['all']['times_plain']:.2f}"
+        for way, times in (("auto", " times"), ("auto, selector", ""))
     ]
     of = steps()
     cost = evidence(COST)["errors"]["foretold, and not timed before"]
@@ -385,10 +383,7 @@ def said() -> list[Said]:
     return [
         Said("README.md", f"answers predictable questions {low:.1f} times as fast as stock vLLM"),
         Said("README.md", f"{everything[0]:.2f} times at one request and {everything[-1]:.2f} at eight"),
-        Said(
-            "README.md",
-            "it is {} times, {} and {}, and {}, {} and {} with a [selector]".format(*with_tiles[0], *with_tiles[1]),
-        ),
+        Said("README.md", f"it is {tiles[0]}, and {tiles[1]} with a [selector]"),
         Said("docs/benchmarks.md", f"takes {of[1][3] / of[1][0]:.1f} times a plain one with one request"),
         Said("docs/benchmarks.md", f"and {of[8][3] / of[8][0]:.1f} times with eight"),
         Said(

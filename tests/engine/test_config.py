@@ -216,42 +216,34 @@ def test_refused(case: str, tiny: Checkpoints) -> None:
         build(tiny.base, orthrus(tiny.block_head, **settings), **options)
 
 
-@pytest.mark.parametrize("size", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallelism_is_refused(size: str, tiny: Checkpoints) -> None:
-    config = build(tiny.base, orthrus(tiny.block_head))
-    parallel = config.parallel_config
-    setattr(parallel, size, 2)
-    with pytest.raises(ValueError, match=f"{size}=2"):
-        OrthrusSpeculativeConfig(
-            method="orthrus",
-            model=str(tiny.block_head),
-            target_model_config=config.model_config,
-            target_parallel_config=parallel,
-        )
-
-
-def modes_of(tiny: Checkpoints, settings: dict[str, Any], **parallel: Any) -> list[int] | None:
+def beside(tiny: Checkpoints, settings: dict[str, Any], **parallel: Any) -> OrthrusSpeculativeConfig:
+    """Of a target that is parallel in this way, which takes what this machine lacks."""
     config = build(tiny.base, orthrus(tiny.block_head))
     for name, value in parallel.items():
         setattr(config.parallel_config, name, value)
-    found: list[int] | None = OrthrusSpeculativeConfig(
+    return OrthrusSpeculativeConfig(
         method="orthrus",
         model=str(tiny.block_head),
         target_model_config=config.model_config,
         target_parallel_config=config.parallel_config,
         **settings,
-    ).orthrus_modes
-    return found
+    )
+
+
+@pytest.mark.parametrize("size", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallelism_is_refused(size: str, tiny: Checkpoints) -> None:
+    with pytest.raises(ValueError, match=f"{size}=2"):
+        beside(tiny, {}, **{size: 2})
 
 
 def test_ranks_that_decide_by_themselves_have_one_mode(tiny: Checkpoints) -> None:
     """Two clocks would tell the ranks of one engine different numbers of drafts, and neither would ever go on."""
     apart = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2, "world_size": 2}
-    assert modes_of(tiny, {}, **apart) is None
+    assert beside(tiny, {}, **apart).orthrus_modes is None
     with pytest.raises(ValueError, match=r"orthrus_modes=\[0, 7\] needs one scheduler for all ranks"):
-        modes_of(tiny, {"orthrus_modes": [0, 7]}, **apart)
-    assert modes_of(tiny, {}, **(apart | {"distributed_executor_backend": "ray"})) == [0, 3, 7]
-    assert modes_of(tiny, {}, distributed_executor_backend="external_launcher") == [0, 3, 7]
+        beside(tiny, {"orthrus_modes": [0, 7]}, **apart)
+    assert beside(tiny, {}, **(apart | {"distributed_executor_backend": "ray"})).orthrus_modes == [0, 3, 7]
+    assert beside(tiny, {}, distributed_executor_backend="external_launcher").orthrus_modes == [0, 3, 7]
 
 
 def test_cascades_are_counted_whole_or_refused(tiny: Checkpoints) -> None:
@@ -266,11 +258,8 @@ def test_cascades_are_counted_whole_or_refused(tiny: Checkpoints) -> None:
 
 
 def test_data_parallel_ranks_are_engines_of_their_own(tiny: Checkpoints) -> None:
-    assert build(tiny.base, orthrus(tiny.block_head), data_parallel_size=2).speculative_config.orthrus_modes == [
-        0,
-        3,
-        7,
-    ]
+    config = build(tiny.base, orthrus(tiny.block_head), data_parallel_size=2)
+    assert config.speculative_config.orthrus_modes == [0, 3, 7]
 
 
 def test_memory_is_planned_anew_for_other_heads_and_settings(tiny: Checkpoints) -> None:

@@ -40,6 +40,11 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Engines that are started from now on."""
     patch.setenv(SETTING, "triton")
     patch.setattr(dual_view_plan, "target_of", lambda device: GPU)
+    join_as_on_a_gpu(patch)
+
+
+def join_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Weights lie as they were loaded, and both views' beside each other."""
     patch.setattr(utils, "dispatch_cpu_unquantized_gemm", leave_as_loaded)
     patch.setattr(pairs, "device_of", lambda: DEVICES["H200"])
 

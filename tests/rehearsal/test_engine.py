@@ -6,18 +6,16 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
-from vllm.model_executor.layers import utils
 
 from tests.engine.conftest import Checkpoints, StartEngine, one_pass
 from tests.engine.harness import Counts, Engine, prompts
-from tests.rehearsal.counted_steps import leave_as_loaded
+from tests.rehearsal.counted_steps import join_as_on_a_gpu
 from tests.rehearsal.launches import Launch, Recorder
 from vllm_orthrus.engine.attention.kernel import KernelAttention
 from vllm_orthrus.engine.onepass import pairs
 from vllm_orthrus.engine.speculator import OrthrusSpeculator
 from vllm_orthrus.kernels import choose
 from vllm_orthrus.kernels.forms import SETTING
-from vllm_orthrus.policy.devices import DEVICES
 
 ROWS = {"orthrus_block_size": 5, "num_speculative_tokens": 4, "orthrus_hypotheses": 3, "orthrus_rows": 96}
 GIVEN = prompts(5, shortest=9)
@@ -54,12 +52,6 @@ def form() -> Iterator[None]:
 StartForm = Callable[..., Engine]
 
 
-def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    """Weights lie as they were loaded, and both views' beside each other."""
-    patch.setattr(utils, "dispatch_cpu_unquantized_gemm", leave_as_loaded)
-    patch.setattr(pairs, "device_of", lambda: DEVICES["H200"])
-
-
 @pytest.fixture
 def start_form(form: None, start: StartEngine, tiny: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> StartForm:
     """An engine whose kernels have this form, and that drafts in so many passes. Once: all that a GPU joins, joined."""
@@ -67,7 +59,7 @@ def start_form(form: None, start: StartEngine, tiny: Checkpoints, monkeypatch: p
     def start_it(form: str, passes: str, vocabulary: str = "auto") -> Engine:
         os.environ[SETTING] = form
         if vocabulary == "once":
-            as_on_a_gpu(monkeypatch)
+            join_as_on_a_gpu(monkeypatch)
         told = one_pass(tiny.block_head, orthrus_passes=passes, orthrus_vocabulary=vocabulary, **ROWS)
         engine = start(told, max_num_seqs=5)
         attention = type(engine.runner.speculator.draft_pass.attention).__name__
@@ -145,7 +137,7 @@ def test_every_step_launches_what_was_warmed_up(
 ) -> None:
     """For every number of requests and of drafts, so that none waits for a compiler."""
     os.environ[SETTING] = "triton"
-    as_on_a_gpu(monkeypatch)
+    join_as_on_a_gpu(monkeypatch)
     recorder, warm, warm_up = Recorder(), set[Launch](), OrthrusSpeculator._warm_up
 
     def remember(speculator: OrthrusSpeculator, *arguments: Any) -> None:

@@ -86,7 +86,9 @@ def read_request(extra: Mapping[str, Any] | None, server: Cascade | None) -> Cas
     return read(given)
 
 
-def obstacle(cascade: Cascade, draft_sample_method: str, rejection_sample_method: str, adaptive: bool) -> str | None:
+def obstacle(
+    cascade: Cascade, draft_sample_method: str, rejection_sample_method: str, adaptive: bool, sharded: bool = False
+) -> str | None:
     """Why an engine with these settings cannot follow it, and what to do."""
     if rejection_sample_method != "standard":
         return (
@@ -95,6 +97,11 @@ def obstacle(cascade: Cascade, draft_sample_method: str, rejection_sample_method
         )
     if adaptive:
         return f"{NAME} does not go with enable_adaptive_verification=True. Leave one of them out."
+    if sharded:
+        return (
+            f"{NAME} does not go with enable_batch_sharded_sampling=True: each rank judges some of the requests, and "
+            "one rank's counts are told. Leave one of them out."
+        )
     if cascade.rule in NEEDS_Q and draft_sample_method != "probabilistic":
         others = ", ".join(rule for rule in RULES if rule not in NEEDS_Q)
         return (

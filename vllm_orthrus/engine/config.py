@@ -434,12 +434,8 @@ class OrthrusSpeculativeConfig(SpeculativeConfig):  # type: ignore[misc]
         if self.orthrus_cascade == REFUSE:
             raise UserError(f"{NAME} is refused by this server, whose text is the model's own. Leave it out.")
         methods = self.draft_sample_method, self.rejection_sample_method
-        problem = obstacle(asked, *methods, self.enable_adaptive_verification)
-        if problem is None and self.target_parallel_config.enable_batch_sharded_sampling:
-            problem = (
-                f"{NAME} does not go with enable_batch_sharded_sampling=True: each rank judges some of the requests, "
-                "and one rank's counts are told. Leave one of them out."
-            )
+        sharded = self.target_parallel_config.enable_batch_sharded_sampling
+        problem = obstacle(asked, *methods, self.enable_adaptive_verification, sharded)
         if problem is not None:
             raise UserError(problem)
         return asked

@@ -85,9 +85,9 @@ def counts_of_requests(rows: int, most: int, sizes: Iterable[int], few: bool = F
     vLLM's sizes go from 8 to 16 to 24. With a row for each request that costs nothing; a block of 16 for each of 9
     requests, padded to 16 of them, would be 112 rows dearer.
     """
-    counts, above = {min(size, most) for size in sizes} | {most}, CHEAP_ROWS
     if few and rows > 1:  # of those without drafts there are as many as vLLM has by itself
         return sorted({2**doublings for doublings in range(most.bit_length())} | {most})
+    counts, above = {min(size, most) for size in sizes} | {most}, CHEAP_ROWS
     for up_to, step in STEPS:
         each = 2 ** (max(1, step // rows).bit_length() - 1)
         counts |= {count for count in range(each, most, each) if above < count * rows <= up_to}

@@ -191,29 +191,36 @@ def place(facts: dict[str, Any]) -> Path:
     """In vLLM's folder for what it remembers."""
     from vllm import envs
 
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Path(envs.VLLM_CACHE_ROOT) / "orthrus" / f"steps-{name}.json"
+    return Path(envs.VLLM_CACHE_ROOT) / "orthrus" / f"steps-{digest(facts)}.json"
+
+
+def digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def of_drafting(speculative: Any) -> dict[str, Any]:
+    """The head and its settings, of which vLLM's own hash knows nothing."""
+    return {
+        "head": [speculative.model, speculative.revision, speculative.num_speculative_tokens],
+        "sampling": speculative.draft_sample_method,
+        "settings": {name: str(value) for name, value in vars(speculative).items() if name.startswith("orthrus_")},
+    }
 
 
 def what_counts(vllm_config: Any) -> dict[str, Any]:
-    """Whatever changes what a step takes, or what memory."""
+    """Whatever changes what a step takes."""
     import torch
     import vllm
     from vllm.platforms import current_platform
 
     import vllm_orthrus
 
-    model, speculative = vllm_config.model_config, vllm_config.speculative_config
-    parallel, graphs = vllm_config.parallel_config, vllm_config.compilation_config
-    ours = {name: str(value) for name, value in vars(speculative).items() if name.startswith("orthrus_")}
-    return {
+    model, parallel, graphs = vllm_config.model_config, vllm_config.parallel_config, vllm_config.compilation_config
+    return of_drafting(vllm_config.speculative_config) | {
         "device": current_platform.get_device_name(),
         "threads": torch.get_num_threads() if _on_cpu() else None,
         "model": [model.model, model.revision, str(model.dtype), model.quantization, model.enforce_eager],
         "text": model.hf_text_config.to_dict(),
-        "head": [speculative.model, speculative.revision, speculative.num_speculative_tokens],
-        "sampling": speculative.draft_sample_method,
-        "settings": ours,
         "cache": str(vllm_config.cache_config.cache_dtype),
         "ranks": [parallel.tensor_parallel_size, parallel.nnodes, parallel.disable_custom_all_reduce],
         "requests": vllm_config.scheduler_config.max_num_seqs,

@@ -1,7 +1,5 @@
 """What vLLM may take over from an earlier start (`VLLM_ENABLE_STARTUP_PLAN=1`)."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,10 +14,9 @@ def _fingerprint(original: Callable[..., str]) -> Callable[..., str]:
         found = original(vllm_config, rank, world_size)
         if not is_ours(vllm_config.speculative_config):
             return found
-        from vllm_orthrus.engine.timing import what_counts
+        from vllm_orthrus.engine.timing import digest, of_drafting
 
-        facts = [found, what_counts(vllm_config)]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[: len(found)]
+        return digest([found, of_drafting(vllm_config.speculative_config)])
 
     return compute_plan_fingerprint
 
