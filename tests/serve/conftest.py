@@ -44,10 +44,18 @@ def soaked(server: Server) -> Soaked:
 
 @pytest.fixture(scope="session")
 def burst(soaked: Soaked, server: Server) -> tuple[list[Outcome], int]:
-    """Long requests all at once, and how many had to be stopped and started again."""
+    """Requests all at once, and how many had to be stopped and started again.
+
+    The long ones take nearly all blocks and the short ones, which begin with one each, the rest, so that some wait and
+    none is free. Each then asks for another block at least, as none may end before: the first that does stops one,
+    however fast they are.
+    """
     pool = Pool(seed=1)
-    long = [pool.request("long") for _ in range(14)]
-    asked = [Request("long", {**one.body, "max_tokens": 150 + n}, stream=False) for n, one in enumerate(long)]
+    begun = [pool.request(kind) for kind in 4 * ["long"] + 12 * ["short"]]
+    asked = [
+        Request(one.kind, {**one.body, "max_tokens": 150 + n, "extra_body": {"ignore_eos": True}}, stream=False)
+        for n, one in enumerate(begun)
+    ]
     before = servers.counters(server)["num_preemptions"]
     answers = asyncio.run(traffic.answer_all(server.url, asked, at_once=len(asked)))
     outcomes = [Outcome(one, 0.0, answers[one.key].answers, error=answers[one.key].error) for one in asked]
