@@ -167,9 +167,11 @@ def test_a_head_in_fp8_on_two_ranks(tiny: Checkpoints, one_pass: dict[str, Any],
     settings = one_pass | {"orthrus_head_quantization": "fp8"}
     alone = generate(tmp_path / "one", tiny.base, settings, ONE_PASS_OPTIONS)
     both = generate(tmp_path / "two", tiny.base, settings, {"tensor_parallel_size": 2} | ONE_PASS_OPTIONS)
-    assert both == alone
+    assert both[:2] == alone[:2]  # draft passes depend on which requests had come when the first step began
     assert alone[0] == expected
     assert alone[1][2] > 0
+    for _, counts, counted in (alone, both):
+        assert agree(counts[0], counts[2], counted, requests=4), (counts, counted)
 
 
 @pytest.mark.thorough

@@ -21,6 +21,13 @@ SAMPLE = [
     Cell("RTX 4090", 2, 4096, "code"),
     Cell("RTX 5090", 8, 1024, "counting"),
 ]
+# Where drafts of one number are foretold by another's too high, and where plain decoding went on for long.
+HARD = [
+    Cell("A100", 32, 4096, "arithmetic"),
+    Cell("H200", 128, 4096, "arithmetic"),
+    Cell("RTX 5090", 16, 4096, "arithmetic"),
+    Cell("H100", 1, 131072, "code"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +35,11 @@ def fixed() -> Fixed:
     return Fixed(read_traces(json.loads(TRACES.read_text())["text"]))
 
 
-@pytest.mark.parametrize("cell", SAMPLE, ids=lambda cell: f"{cell.device}-{cell.requests}-{cell.context}-{cell.kind}")
+@pytest.mark.parametrize("cell", SAMPLE + HARD, ids=lambda cell: f"{cell.device}-{cell.requests}-{cell.context}-{cell.kind}")
 def test_never_slower_than_plain_and_close_to_the_best(fixed: Fixed, cell: Cell) -> None:
     found = simulate(cell, fixed, tokens=6000)
     assert found["auto"] >= NEVER_SLOWER
-    assert found["of_best"] >= 0.9, "a short run, with its noise"
+    assert found["of_best"] >= (0.92 if cell in HARD else 0.9), "a short run, with its noise"
 
 
 def test_planted_fault_a_clock_that_takes_slow_for_fast(fixed: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,11 @@
 The chance of each place is learnt from all requests. A request's chances of rejection are multiplied by how often its
 drafts were rejected, against how often that was to be expected: one that is harder or easier than others is soon known.
 
+That takes the places where drafts begin for the same in all modes, and they aren't: short blocks begin anew within easy
+text and so see more of it, long ones begin behind what was hard. So of each number of drafts it is also learnt what was
+kept of what had been foretold, and its next word is corrected by that. Of batches only, where requests' own luck evens
+out: that of a single one says nothing of the next.
+
 Drafts that rode along with a verification did not always know the bonus, so fewer of them are kept than of those that
 had a pass of their own. Each way counts for itself. What one has seen of a request stands for the other, too, by the
 share that riding drafts keep of what the others would have kept.
@@ -22,6 +27,8 @@ OTHERS = 0.01  # what a draft of another request says, beside one of its own
 FORGET = 0.95  # of a request's own counts, per verification
 FORGET_ALL = 0.99  # of the counts of all requests, per verification
 HOPE = 0.8  # how likely a draft is kept of which nothing is known
+FORETOLD_PRIOR = 100.0  # drafts that it is worth to have foretold rightly, as far as is known before
+FORGET_FORETOLD = 0.998  # of what was foretold and kept, per verification
 SUREST, LEAST = 0.995, 0.01  # no draft is certain, and none is hopeless
 SHARE = 0.85  # of the drafts of a pass of their own that riding ones keep, as far as is known before
 SHARE_PRIOR = 20.0  # drafts that this is worth
@@ -45,6 +52,7 @@ class Kept:
         self.free: list[int] = []
         self.places = np.arange(places)
         self.tried, self.kept = np.zeros(places), np.zeros(places)
+        self.foretold, self.given = np.zeros(places), np.zeros(places)  # drafts kept, by how many were verified
         # By request: places tried, drafts rejected, and rejections to be expected. Row 0: nothing is known.
         self.own = np.zeros((3, 1))
 
@@ -57,6 +65,7 @@ class Kept:
         """A place was tried if it was verified and all before it were kept."""
         rows = [self._row_of(outcome.request) for outcome in outcomes]
         drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T[..., None]  # [requests, 1]
+        self._compare(rows, drafts[:, 0], accepted[:, 0])
         tried = self.places < np.minimum(drafts, accepted + 1)
         kept = self.places < np.minimum(drafts, accepted)
         expected = np.where(tried, 1 - self.chance(), 0).sum(1)
@@ -65,6 +74,18 @@ class Kept:
         forget = FORGET_ALL ** tried.sum(0)
         self.tried = self.tried * forget + tried.sum(0)
         self.kept = self.kept * forget + kept.sum(0)
+
+    def _compare(self, rows: list[int], drafts: Array, accepted: Array) -> None:
+        """As far as something was known of the requests, and as far as they are several."""
+        foretold = self._foretell(rows, PRIOR)[np.arange(len(rows)), drafts - 1]
+        seen = self._seen(rows)
+        sure = seen / (seen + drafts) * (1 - 1 / len(rows))
+        forget = FORGET_FORETOLD ** self._by_number(drafts, sure)
+        self.foretold = forget * self.foretold + self._by_number(drafts, sure * foretold)
+        self.given = forget * self.given + self._by_number(drafts, sure * accepted)
+
+    def _by_number(self, drafts: Array, of: Array) -> Array:
+        return np.bincount(drafts - 1, of, len(self.places))
 
     def fade(self, outcomes: Sequence[Outcome]) -> None:
         """Verifications went by that say nothing here."""
@@ -86,10 +107,20 @@ class Kept:
 
     def expected(self, requests: Sequence[Hashable], prior: float = PRIOR) -> tuple[Array, Array]:
         """[requests, K] drafts kept of so many, and [requests, 1] from how many drafts that is known."""
-        tried, rejected, expected = self.own[:, [self.row.get(request, 0) for request in requests]][..., None]
+        rows = [self.row.get(request, 0) for request in requests]
+        right = (self.given + FORETOLD_PRIOR) / (self.foretold + FORETOLD_PRIOR)
+        return self._foretell(rows, prior) * right, self._seen(rows)[:, None]
+
+    def _seen(self, rows: list[int]) -> Array:
+        """[requests] drafts that what is foretold goes by."""
+        return np.asarray(self.own[0, rows] + OTHERS * self.tried.sum())
+
+    def _foretell(self, rows: list[int], prior: float) -> Array:
+        """[requests, K], by their rows."""
+        _, rejected, expected = self.own[:, rows, None]
         factor = (rejected + prior) / (expected + prior)
-        chance = np.clip(1 - (1 - self.chance()) * factor, LEAST, SUREST)  # [requests, K]
-        return chance.cumprod(1).cumsum(1), tried + OTHERS * self.tried.sum()
+        chance = np.clip(1 - (1 - self.chance()) * factor, LEAST, SUREST)
+        return np.asarray(chance.cumprod(1).cumsum(1))
 
 
 class KeptBothWays:

@@ -32,6 +32,7 @@ from vllm_orthrus.policy.worth import Worth
 STAY = 1.03  # another mode must promise that much more to be taken
 LEAVE = 1.1  # times plain decoding, to begin with drafts: what seems the best of several seems better than it is
 TRIAL = 3  # verifications of a trial
+TRUST = 0.9  # in what is expected of a trial: its price is that, and not what it loses if all drafts are lost
 SET_ASIDE = 0.02  # of the time of plain steps
 SAVED = 0.5  # of what drafting saves
 MOST = 3  # trials that may be paid for in advance
@@ -111,7 +112,7 @@ class ModePolicy:
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
         if best == 0 or gains[best] > STAY * gains[self.mode]:
             self.mode = best
-        price = self._price(seconds, tried)
+        price = self._price(seconds, gains, tried, daring)
         if self.purse is None:
             self.purse = price if price < math.inf else 0.0
         if self.mode:
@@ -130,12 +131,13 @@ class ModePolicy:
         passes = [drafts for drafts in self.modes[1:] if drafts != self.riding] or list(self.modes[1:])
         return max(drafts for drafts in passes if seconds[drafts] <= CHEAP * min(map(seconds.__getitem__, passes)))
 
-    def _price(self, seconds: dict[int, float], tried: int) -> float:
-        """Of a trial whose drafts are all lost."""
+    def _price(self, seconds: dict[int, float], gains: dict[int, float], tried: int, daring: float) -> float:
+        """Of a trial: what it loses if as much is kept of its drafts as is to be expected, or most of what it may."""
         easy = {drafts: (1 - EASY ** (drafts + 1)) / (1 - EASY) for drafts in self.modes}  # tokens
         if all(easy[drafts] / seconds[drafts] < 1 / seconds[0] for drafts in self.modes[1:]):
             return math.inf
-        return (TRIAL + 1) * max(0.0, seconds[tried] - seconds[0])
+        lost = seconds[tried] * (1 - gains[tried] / gains[0])  # of a step
+        return (TRIAL + 1) * max(lost, (1 - TRUST * daring) * (seconds[tried] - seconds[0]), 0.0)
 
     def _many_new(self, requests: Sequence[Hashable]) -> bool:
         return 2 * sum(request not in self.kept for request in requests) >= len(requests)
