@@ -35,7 +35,9 @@ def fixed() -> Fixed:
     return Fixed(read_traces(json.loads(TRACES.read_text())["text"]))
 
 
-@pytest.mark.parametrize("cell", SAMPLE + HARD, ids=lambda cell: f"{cell.device}-{cell.requests}-{cell.context}-{cell.kind}")
+@pytest.mark.parametrize(
+    "cell", SAMPLE + HARD, ids=lambda cell: f"{cell.device}-{cell.requests}-{cell.context}-{cell.kind}"
+)
 def test_never_slower_than_plain_and_close_to_the_best(fixed: Fixed, cell: Cell) -> None:
     found = simulate(cell, fixed, tokens=6000)
     assert found["auto"] >= NEVER_SLOWER
