@@ -20,7 +20,7 @@ from vllm_orthrus.errors import UserError
 
 ENVIRONMENT = ("cpu", "gpu", "cores", "torch", "python", "packages", "variables", "sources", "commit", "date", "load")
 # Found by formula and the reference model before such files named a machine. Whoever renews one takes it out here.
-AFTERWARDS = ("traces-tiny-orthrus.json", "mixed-batches.json", "mode-simulation.json")
+AFTERWARDS: tuple[str, ...] = ()
 GPU_FILES = re.compile(r"(gpu_check|engine_check)-")  # of `make gpu-check` and `make engine-check`, named by the GPU
 FILES = sorted(path.name for path in FOLDER.glob("*.json"))
 
