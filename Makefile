@@ -84,7 +84,7 @@ vllm-tests: newer
 	$(VENV)/bin/python scripts/vllm_tests.py
 	PYTHONPATH=$(NEWER) $(VENV)/bin/python scripts/vllm_tests.py
 
-# A quarter of an hour of one core.
+# An hour and a quarter of one core, for each vLLM.
 compatibility: newer
 	rm -f benchmarks/evidence/compatibility-*.json
 	$(TEST) tests/engine -m feature --features benchmarks/evidence

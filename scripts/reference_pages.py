@@ -38,7 +38,8 @@ VLLMS_MEAN = {
     "revision": "Of the head's repository. All workers open the commit that it named at the start.",
     "num_speculative_tokens": "The most drafts of a step. Unset, 15, or fewer if the head's block is smaller.",
     "draft_sample_method": "`greedy` or `probabilistic`, which accepts more at temperatures above zero.",
-    "rejection_sample_method": "How drafts are judged, as everywhere in vLLM.",
+    "rejection_sample_method": "How drafts are judged, as everywhere in vLLM: `standard` and `block` are lossless. "
+    "LOSSY: `fly` (vLLM 0.33, with its `fly_` settings), and `synthetic`, which is for measurements.",
     "num_speculative_tokens_per_batch_size": "Fewer drafts, or none, for large batches: vLLM's own table, in place of "
     "`orthrus_modes`.",
     "draft_load_config": "How the head is loaded, where that is not as the target is.",
@@ -55,7 +56,8 @@ VARIABLES = """
 |---|---|
 | `VLLM_ORTHRUS_KERNELS` | `torch`: our kernels' PyTorch twins run in their place, on any device. `triton`: \
 the kernels, even where they are only interpreted. Unset: what suits. For tests, and to tell whether a kernel is wrong |
-| `VLLM_ORTHRUS_HEADS` | where the map of heads by their base's name lies; unset, `~/.config/vllm-orthrus/heads.json` |
+| `VLLM_ORTHRUS_HEADS` | where the map of heads by their base's name lies; unset, `vllm-orthrus/heads.json` in \
+`$XDG_CONFIG_HOME`, or in `~/.config` |
 """
 
 

@@ -20,6 +20,8 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/evidence/README.md": "evidence.md",
     "examples/README.md": "examples.md",
+    "examples/own_head/README.md": "own-head.md",
+    "examples/ray_serve/README.md": "ray-serve.md",
     "examples/tiny-orthrus/README.md": "tiny-orthrus.md",
 }
 PICTURES = {"examples/tiny-orthrus/training.png": "pictures/training.png"}

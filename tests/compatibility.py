@@ -23,8 +23,9 @@ Made by `make compatibility` from the results of the tests that each row names; 
 is that of the same engine without drafts, token for token in float32, and that drafts were kept. *Refused* means before
 anything is loaded, and the reason is what the engine says. What *vLLM itself refuses*, it refuses for every speculative
 method, or for every engine on a CPU. Tests of rows *on request* run with `ORTHRUS_TEST_THOROUGH=1 make engine`, and not
-in `make test`. Everything ran on the CPU builds. What went wrong in other speculators, and the tests that hold it off
-here, is in [regressions.md](regressions.md).
+in `make test`. Everything ran on a CPU: on the build of vLLM 0.32 for them, and with 0.33, which has none, as 0.33's
+Python over 0.32's binaries. What went wrong in other speculators, and the tests that hold it off here, is in
+[regressions.md](regressions.md).
 """
 
 REGRESSIONS_HEAD = """# Bugs of other speculators, held off

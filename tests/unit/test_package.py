@@ -59,4 +59,6 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     newest = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
     assert newest == version, "the changelog begins with the version that comes next"
-    assert f"vllm-orthrus:{version}" in (ROOT / "examples/kubernetes/deployment.yaml").read_text()
+    for manifest in ("deployment.yaml", "rayservice.yaml"):
+        images = re.findall(r"vllm-orthrus[a-z-]*:(\S+)", (ROOT / "examples/kubernetes" / manifest).read_text())
+        assert images and set(images) == {version}, manifest
