@@ -188,6 +188,8 @@ def test_quantized_target(passes: str, name: str, start: StartEngine, tmp_path: 
         pytest.skip("vLLM multiplies eight bits by this CPU's matrix tiles, and then neither by float32 nor by float16")
     if name == "fp8" and not (torch.cpu._is_amx_tile_supported() and hasattr(cpu_kernels, FAST_FP8)):
         pytest.skip("this vLLM has no kernel for fp8 on this CPU but PyTorch's, which takes minutes for a prompt")
+    if name == "int4" and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        pytest.skip("vLLM has no kernel for four bits on this CPU, which lacks AVX-512")
     # The kernels for four bits and for fp8 know no float32.
     dtype = {"int8": "float32", "int4": "float16", "fp8": "bfloat16"}[name]
     speaks_as_without_drafts(start, passes, quantize(tmp_path / name, name), least=2.5, dtype=dtype)
