@@ -4,10 +4,11 @@ import random
 from collections.abc import Callable
 from itertools import count
 
+import numpy as np
 import pytest
 
 from vllm_orthrus.policy.clock import Costs, Step
-from vllm_orthrus.policy.kept import Outcome
+from vllm_orthrus.policy.kept import PRIOR, KeptBothWays, Outcome
 from vllm_orthrus.policy.modes import ModePolicy
 
 MODES = (0, 3, 7, 15)
@@ -143,6 +144,34 @@ def test_what_cannot_pay_is_not_tried() -> None:
     machine = Machine(ModePolicy(MODES, costs(4)), rows_per_forward=4)
     machine.serve(lambda said: 0.95, 500, requests=256)
     assert set(machine.modes[20:]) == {0}
+
+
+@pytest.mark.parametrize("promised", [0.8, 0.95, 1.04])
+def test_trials_that_fail_are_paid_for_in_the_end(promised: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is foretold never comes true, and nothing is learnt of that: no more is lost than was set aside."""
+    policy = ModePolicy(MODES, costs(1e6))  # a step with drafts takes two plain ones
+    tokens = [1.0] + [2 * promised] * MODES[-1]
+    monkeypatch.setattr(policy.kept, "tokens", lambda requests, rode, prior: np.array(tokens) * len(requests))
+    machine = Machine(policy, rows_per_forward=1e6)
+    plain = machine.fixed(0, lambda said: 0.0) / (1 + machine.noise / 2)
+    assert machine.serve(lambda said: 0.0, 3000) >= 0.97 * plain
+    assert set(machine.modes) > {0}, "none was made"
+
+
+def test_drafts_that_only_ride() -> None:
+    """There is no pass of their own to learn from first."""
+    machine = Machine(ModePolicy((0, 15), costs(200), lambda requests: True), rows_per_forward=200)
+    assert machine.serve(lambda said: 0.95, 1000) >= 0.9 * machine.fixed(15, lambda said: 0.95)
+
+
+def test_what_batches_taught_is_no_matter_of_one_request() -> None:
+    """Hard text and then easy text leave behind what was foretold wrongly on the way."""
+    kept = KeptBothWays(15)
+    for accepted in (0, 15):
+        for _ in range(8):
+            kept.add([Outcome((accepted, request), 15, accepted) for request in range(64)], False)
+    batch, one = kept.alone.expected(["new"] * 64)[0][0, -1], kept.alone.expected(["new"])[0][0, -1]
+    assert one == pytest.approx(kept.alone._foretell([0], PRIOR)[0, -1]) and batch > 1.05 * one
 
 
 @pytest.mark.parametrize("requests", [1, 8])

@@ -77,6 +77,8 @@ class Kept:
 
     def _compare(self, rows: list[int], drafts: Array, accepted: Array) -> None:
         """As far as something was known of the requests, and as far as they are several."""
+        if len(rows) == 1:
+            return
         foretold = self._foretell(rows, PRIOR)[np.arange(len(rows)), drafts - 1]
         seen = self._seen(rows)
         sure = seen / (seen + drafts) * (1 - 1 / len(rows))
@@ -109,6 +111,7 @@ class Kept:
         """[requests, K] drafts kept of so many, and [requests, 1] from how many drafts that is known."""
         rows = [self.row.get(request, 0) for request in requests]
         right = (self.given + FORETOLD_PRIOR) / (self.foretold + FORETOLD_PRIOR)
+        right = 1 + (right - 1) * (1 - 1 / len(rows))  # as far as it was learnt of such batches
         return self._foretell(rows, prior) * right, self._seen(rows)[:, None]
 
     def _seen(self, rows: list[int]) -> Array:
@@ -144,7 +147,8 @@ class KeptBothWays:
         if rode:
             kept, seen = self.alone.expected([outcome.request for outcome in outcomes])
             drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T
-            promised, sure = kept[np.arange(len(kept)), drafts - 1], seen[:, 0] / (seen[:, 0] + drafts)
+            promised = np.minimum(kept[np.arange(len(kept)), drafts - 1], drafts)
+            sure = seen[:, 0] / (seen[:, 0] + drafts)
             forget = FORGET_ALL ** float(sure.sum())
             self.promised = forget * self.promised + float(sure @ promised)
             self.given = forget * self.given + float(sure @ accepted)

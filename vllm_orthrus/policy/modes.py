@@ -8,10 +8,10 @@ others draft in a pass of their own.
 
 Where drafting does not pay, a few verifications show it. From then on it is tried again now and then, as nothing is
 learnt of drafts that nobody makes. Trials are paid for: plain steps set aside a small share of their time, drafting a
-share of what it saves, and a trial waits until it can be afforded even if all its drafts are lost. Requests of which
-nothing is known are a reason for one; without any, each failure doubles the time until the next. What would not pay
-even for text that is easily foreseen is not tried. The other way round, a few steps now and then say what other modes
-take, plain decoding above all, and what they give, lest drafting go on by a wrong idea of that.
+share of what it saves. A trial waits until what it is expected to lose can be afforded, and if it fails, what it lost
+beyond that is owed. Requests of which nothing is known are a reason for one; without any, the next waits for more. What
+would not pay even for text that is easily foreseen is not tried. The other way round, a few steps now and then say what
+other modes take, plain decoding above all, and what they give, lest drafting go on by a wrong idea of that.
 
 Where reading the weights is what takes time, drafting with a pass of its own at most doubles a step. On CPUs, and in
 large batches, it takes several times as long, and so much is lost by drafts that are made in vain: the dearer they
@@ -65,6 +65,7 @@ class ModePolicy:
         self.patience = 1  # times the price, without new requests
         self.purse: float | None = None  # seconds, for trials; the first is free
         self.trial = 0  # steps that are left of it
+        self.paid = self.got = 0.0  # for it; and drafts of a request that it kept
         self.unsure: dict[Cell, int] = {}  # steps with drafts, in such batches, since another mode was timed
         self.wait: dict[Cell, int] = {}  # after so many of them plain steps are timed again
         self.timing, self.other = 0, 0  # steps that are left to time it
@@ -72,6 +73,8 @@ class ModePolicy:
     # Behind a step
 
     def verified(self, outcomes: Sequence[Outcome]) -> None:
+        if outcomes and self.trial:
+            self.got += sum(outcome.accepted for outcome in outcomes) / len(outcomes)
         riding = self.modes[-1] if outcomes and self.rides(len(outcomes)) else None
         for rode in (False, True):
             self.kept.add([outcome for outcome in outcomes if (outcome.drafts == riding) == rode], rode)
@@ -100,7 +103,8 @@ class ModePolicy:
         tokens = self.kept.tokens(requests, rode=False, prior=PRIOR * daring)
         gains = {drafts: float(tokens[drafts]) / seconds[drafts] for drafts in self.modes}
         if self.riding is not None:
-            rode = self.kept.tokens(requests, rode=True, prior=PRIOR * daring)[-1] if self.kept.known else 0.0
+            known = self.kept.known or self.modes[1:] == (self.riding,)  # there may be no other drafts to judge it by
+            rode = self.kept.tokens(requests, rode=True, prior=PRIOR * daring)[-1] if known else 0.0
             gains[self.riding] = float(rode) / seconds[self.riding]
         best = max(self.modes, key=lambda drafts: gains[drafts])
         if gains[best] < (1 if self.mode and not self.trial else LEAVE) * gains[0]:
@@ -110,6 +114,7 @@ class ModePolicy:
             if self.trial:
                 return self.mode
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
+            self.purse = (self.purse or 0.0) - (0.0 if best else self._owed(seconds))
         if best == 0 or gains[best] > STAY * gains[self.mode]:
             self.mode = best
         price = self._price(seconds, gains, tried, daring)
@@ -123,6 +128,7 @@ class ModePolicy:
             if self.purse >= price * (1 if self._many_new(requests) else self.patience):
                 self.purse -= price
                 self.mode, self.trial = tried, TRIAL + 1  # the first step verifies none
+                self.paid, self.got = price, 0.0
         self.purse = min(self.purse, max(1.0, MOST * daring) * price if self.mode else LONGEST * price)
         return self._timed(len(requests), context, seconds, gains)
 
@@ -138,6 +144,11 @@ class ModePolicy:
             return math.inf
         lost = seconds[tried] * (1 - gains[tried] / gains[0])  # of a step
         return (TRIAL + 1) * max(lost, (1 - TRUST * daring) * (seconds[tried] - seconds[0]), 0.0)
+
+    def _owed(self, seconds: dict[int, float]) -> float:
+        """What a trial that failed lost beyond what it was paid for."""
+        gained = seconds[0] * self.got * (TRIAL + 1) / TRIAL
+        return max(0.0, (TRIAL + 1) * (seconds[self.mode] - seconds[0]) - gained - self.paid)
 
     def _many_new(self, requests: Sequence[Hashable]) -> bool:
         return 2 * sum(request not in self.kept for request in requests) >= len(requests)
