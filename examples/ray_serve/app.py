@@ -28,7 +28,9 @@ class Arguments(BaseModel):
     most: int = Field(4, ge=1, description="at most so many")
     requests: int = Field(64, ge=1, description="under way in a replica; with more, another one is started")
     cpus: int = Field(0, ge=0, description="cores of a replica that has no GPU; 0: each rank has a GPU")
-    speculative: dict[str, Any] = Field({}, description="further settings of `speculative_config`")
+    speculative: dict[str, Any] | None = Field(
+        {}, description="further settings of `speculative_config`; null: plainly"
+    )
     engine: dict[str, Any] = Field({}, description="further arguments of vLLM's engine")
 
 
@@ -45,10 +47,13 @@ def build(asked: Arguments) -> Application:
 
 
 def config(asked: Arguments) -> LLMConfig:
-    head = {"model": asked.head and located(asked.head)} if asked.head else {}
+    head = {"model": located(asked.head)} if asked.head else {}
+    drafts = (
+        {} if asked.speculative is None else {"speculative_config": {"method": "orthrus", **head, **asked.speculative}}
+    )
     return LLMConfig(
         model_loading_config={"model_id": asked.name or asked.model, "model_source": located(asked.model)},
-        engine_kwargs=asked.engine | {"speculative_config": {"method": "orthrus", **head, **asked.speculative}},
+        engine_kwargs=asked.engine | drafts,
         deployment_config={
             "autoscaling_config": {
                 "min_replicas": asked.replicas,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import torch
 import yaml
 
 from tests.unit.test_package import wheel_of
@@ -56,7 +58,11 @@ def test_manifests_fit_each_other() -> None:
     assert {one["name"] for one in container["volumeMounts"]} == set(volumes)
     assert volumes["models"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     last_words = int(container["args"][container["args"].index("--shutdown-timeout") + 1])
-    assert pod["spec"]["terminationGracePeriodSeconds"] > last_words
+    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["spec"]["terminationGracePeriodSeconds"] > waits + last_words
+    user = re.findall(r"^USER (\d+)$", (CONTAINERS / "Dockerfile").read_text(), re.MULTILINE)
+    for one in (pod["spec"], *pods(ray_service()[1])):
+        assert str(one["securityContext"]["runAsUser"]) == user[-1], "to whom the image's folder for models belongs"
 
 
 def fields(optional: dict[str, Any] | None = None, **required: Any) -> dict[str, Any]:
@@ -176,6 +182,26 @@ def context(to: Path) -> None:
         if any(fnmatch(name, f"{one}/*") or name == one for one in kept):
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, to / name, follow_symlinks=False)
+
+
+def test_the_cpu_image_has_what_the_kernels_are_linked_to() -> None:
+    """vLLM only warns of kernels that cannot be loaded."""
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this vLLM is not the one for processors")
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None and vllm.origin is not None
+    needed = {name for one in Path(vllm.origin).parent.glob("_C*.so") for name in libraries(one)}
+    ours = {"libnuma.so.1": "libnuma1", "libgomp.so.1": "g++", "libstdc++.so.6": "g++", "libgcc_s.so.1": "g++"}
+    of_the_image = re.compile(r"lib(c|m|dl|rt|pthread|torch.*|c10.*|shm)\.so.*|ld-linux.*")
+    assert "libnuma.so.1" in needed
+    for name in needed:
+        bundled = "-" in name  # beside the wheel, under a name of its own
+        assert bundled or of_the_image.fullmatch(name) or f" {ours[name]}=" in CPU.read_text(), name
+
+
+def libraries(shared_object: Path) -> list[str]:
+    said = subprocess.run(["ldd", shared_object], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in said.splitlines() if "=>" in line]
 
 
 def test_a_wheel_can_be_built_from_the_context(tmp_path: Path) -> None:
