@@ -59,6 +59,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     newest = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
     assert newest == version, "the changelog begins with the version that comes next"
-    for manifest in ("deployment.yaml", "rayservice.yaml"):
-        images = re.findall(r"vllm-orthrus[a-z-]*:(\S+)", (ROOT / "examples/kubernetes" / manifest).read_text())
-        assert images and set(images) == {version}, manifest
+    for manifest in ("deployment.yaml", "rayservice.yaml", "production-stack.yaml"):
+        text = (ROOT / "examples/kubernetes" / manifest).read_text()
+        pinned = re.findall(r"vllm-orthrus[a-z-]*(?::|==)([^\s\]]+)", text)
+        assert pinned and set(pinned) == {version}, manifest

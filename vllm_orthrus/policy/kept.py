@@ -77,11 +77,10 @@ class Kept:
 
     def _compare(self, rows: list[int], drafts: Array, accepted: Array) -> None:
         """As far as something was known of the requests, and as far as they are several."""
-        if len(rows) == 1:
+        if len(rows) == 1:  # whose weight is none, as below
             return
-        foretold = self._foretell(rows, PRIOR)[np.arange(len(rows)), drafts - 1]
-        seen = self._seen(rows)
-        sure = seen / (seen + drafts) * (1 - 1 / len(rows))
+        foretold, sure = _of_each(self._foretell(rows, PRIOR), self._seen(rows), drafts)
+        sure = sure * (1 - 1 / len(rows))
         forget = FORGET_FORETOLD ** self._by_number(drafts, sure)
         self.foretold = forget * self.foretold + self._by_number(drafts, sure * foretold)
         self.given = forget * self.given + self._by_number(drafts, sure * accepted)
@@ -147,8 +146,8 @@ class KeptBothWays:
         if rode:
             kept, seen = self.alone.expected([outcome.request for outcome in outcomes])
             drafts, accepted = np.array([outcome[1:] for outcome in outcomes]).T
-            promised = np.minimum(kept[np.arange(len(kept)), drafts - 1], drafts)
-            sure = seen[:, 0] / (seen[:, 0] + drafts)
+            promised, sure = _of_each(kept, seen[:, 0], drafts)
+            promised = np.minimum(promised, drafts)
             forget = FORGET_ALL ** float(sure.sum())
             self.promised = forget * self.promised + float(sure @ promised)
             self.given = forget * self.given + float(sure @ accepted)
@@ -174,6 +173,11 @@ class KeptBothWays:
         weight = np.divide(seen_mine, total, out=np.full_like(total, 0.0 if rode else 1.0), where=total > 0)
         places = np.arange(1, alone.shape[1] + 1)
         return _with_bonus(np.minimum(weight * mine + (1 - weight) * other, places))
+
+
+def _of_each(kept: Array, seen: Array, drafts: Array) -> tuple[Array, Array]:
+    """[requests] of kept [requests, K]: what of so many drafts, and how far that is known of the request."""
+    return kept[np.arange(len(kept)), drafts - 1], seen / (seen + drafts)
 
 
 def _with_bonus(drafts: Array) -> Array:

@@ -114,7 +114,8 @@ class ModePolicy:
             if self.trial:
                 return self.mode
             self.patience = 1 if best else min(2 * self.patience, LONGEST)
-            self.purse = (self.purse or 0.0) - (0.0 if best else self._owed(seconds))
+            if best == 0:
+                self.purse = (self.purse or 0.0) - self._owed(seconds)
         if best == 0 or gains[best] > STAY * gains[self.mode]:
             self.mode = best
         price = self._price(seconds, gains, tried, daring)
